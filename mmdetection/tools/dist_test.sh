@@ -1,0 +1,11 @@
+#!/bin/sh
+# Evaluate on the GPUs of one machine, or on several with NNODES, NODE_RANK, MASTER_ADDR and PORT (without GPUs: on the CPU).
+#     sh tools/dist_test.sh CONFIG CHECKPOINT GPUS [options of test.py]
+here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)
+. "$here/../../tools/launch.sh"
+python=$(find_python "$here/../..")
+
+[ $# -ge 3 ] || fail "usage: dist_test.sh CONFIG CHECKPOINT GPUS [options of test.py]"
+config=$1 checkpoint=$2 gpus=$3
+shift 3
+processes "$gpus" "$here/test.py" "$config" "$checkpoint" "$@"

@@ -1,0 +1,65 @@
+"""ConvNeXt as a branch (arXiv 2201.03545), block by block; a down-sampling layer is a block too."""
+
+from collections.abc import Sequence
+
+from timm.models.convnext import ConvNeXt
+from torch import Tensor
+
+from piip.branches.base import Branch, register_branch
+from piip.tokens import Tokens
+
+
+class ConvNeXtBranch(Branch):
+    """timm's ConvNeXt without its final norm and head, with timm's parameter names.
+
+    Blocks are numbered through the stages: the blocks of the first stage, the second's down-sampling layer, its
+    blocks, and so on.
+
+    Args:
+        depths: Blocks of each stage, without the down-sampling layers.
+        widths: Channels of each stage.
+        layer_scale: Initial value of the layer scale.
+        drop_path: Drop path rate of the last block; it rises linearly from 0 over all blocks.
+    """
+
+    family = "convnext"
+
+    def __init__(
+        self, depths: Sequence[int], widths: Sequence[int], *, layer_scale: float = 1e-6, drop_path: float = 0.0
+    ) -> None:
+        super().__init__()
+        network = ConvNeXt(
+            depths=tuple(depths),
+            dims=tuple(widths),
+            ls_init_value=layer_scale,
+            drop_path_rate=drop_path,
+            num_classes=0,
+        )
+        self.stem = network.stem
+        self.stages = network.stages
+        blocks = [(i, b) for i, depth in enumerate(depths) for b in range(-1 if i else 0, depth)]
+        self.dims = tuple(widths[i] for i, _ in blocks)
+        self.strides = tuple(4 * 2**i for i, _ in blocks)
+        self._order = blocks  # (stage, block in it); -1 is the stage's down-sampling layer
+
+    def embed(self, images: Tensor) -> Tokens:
+        """Embed images `(B, 3, H, W)` at stride 4; a remainder that fills no cell is dropped."""
+        return _to_tokens(self.stem(images))
+
+    def run(self, tokens: Tokens, start: int, stop: int) -> Tokens:
+        """Run blocks `start` to `stop - 1`."""
+        maps = tokens.to_map()
+        for stage, block in self._order[start:stop]:
+            layer = self.stages[stage].downsample if block < 0 else self.stages[stage].blocks[block]
+            maps = self.call_block(layer, maps)
+        return _to_tokens(maps)
+
+
+def _to_tokens(maps: Tensor) -> Tokens:
+    return Tokens(maps.flatten(2).transpose(1, 2), (maps.shape[-2], maps.shape[-1]))
+
+
+register_branch("convnext")(ConvNeXtBranch)
+register_branch("convnext_tiny", depths=(3, 3, 9, 3), widths=(96, 192, 384, 768))(ConvNeXtBranch)
+register_branch("convnext_small", depths=(3, 3, 27, 3), widths=(96, 192, 384, 768))(ConvNeXtBranch)
+register_branch("convnext_base", depths=(3, 3, 27, 3), widths=(128, 256, 512, 1024))(ConvNeXtBranch)

@@ -1,0 +1,256 @@
+"""One plain vision transformer for every pretrained family: DeiT, DeiT III, AugReg, MAE, DINOv2, InternViT-6B."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, LayerScale, Mlp, PatchEmbed, RmsNorm, get_act_layer, trunc_normal_
+from torch import Tensor, nn
+
+from piip.attention import SelfAttention, WindowPad
+from piip.branches.base import Branch, register_branch
+from piip.errors import SpecError, unknown
+from piip.tokens import Tokens
+
+NORMS: dict[str, type[nn.Module]] = {"layernorm": nn.LayerNorm, "rmsnorm": RmsNorm}
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
+Windows = int | Sequence[int | None] | None
+
+
+class ViTBlock(nn.Module):
+    """A pre-norm transformer block with optional layer scale (timm's parameter names).
+
+    Args:
+        dim: Channels.
+        attn: The self-attention.
+        norm: Norm layer class.
+        mlp_ratio: Hidden channels of the MLP as a multiple of `dim`.
+        act: Activation of the MLP: `gelu` (exact), `gelu_tanh` or `quick_gelu`.
+        layer_scale: Initial value of the layer scale, None for none.
+        drop_path: Drop path rate of both residuals.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        attn: SelfAttention,
+        *,
+        norm: type[nn.Module] = nn.LayerNorm,
+        mlp_ratio: float = 4.0,
+        act: str = "gelu",
+        layer_scale: float | None = None,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+
+        def residual_scale() -> nn.Module:
+            return nn.Identity() if layer_scale is None else LayerScale(dim, init_values=layer_scale)
+
+        self.norm1 = norm(dim, eps=1e-6)
+        self.attn = attn
+        self.ls1 = residual_scale()
+        self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
+        self.norm2 = norm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=get_act_layer(act))
+        self.ls2 = residual_scale()
+        self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Map tokens `(B, L, C)` to the same shape."""
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), grid)))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+class ViTBranch(Branch):
+    """A plain ViT as a branch, with timm's parameter names.
+
+    There is no final norm: the pyramid reads block outputs. Without a class token, a table row that belongs to one
+    (`pos_prefix`) is kept as a parameter but not read, as in the released models.
+
+    Args:
+        embed_dim: Channels.
+        depth: Blocks.
+        num_heads: Attention heads.
+        patch_size: Side of a patch in pixels.
+        mlp_ratio: Hidden channels of the MLP as a multiple of `embed_dim`.
+        qkv_bias: Whether the q/k/v projection has a bias.
+        qk_norm: Whether q and k are normalised over all channels (with `norm`'s class).
+        norm: `layernorm` or `rmsnorm`.
+        layer_scale: Initial value of the layer scale, None for none.
+        act: `gelu` (exact), `gelu_tanh` or `quick_gelu`.
+        pos_grid: `(H, W)` of the position table; it is resized (bicubic) to the grid of the image.
+        pos_prefix: Rows of the position table in front of the grid (one for a class token).
+        class_token: Whether a class token travels along (as `Tokens.prefix`).
+        window: Window side in tokens for every block; or one entry per block, None for global; or None: all global.
+        global_every: With one window side: every n-th block attends globally (3: blocks 3, 6, ...); 0 for none.
+        window_pad: Where windowed attention pads, see `SelfAttention`.
+        drop_path: Drop path rate.
+        drop_path_rule: `linear` from 0 to the rate over the blocks, or `constant`.
+        family: Whose parameter names the released files use for this branch, see `piip.checkpoint`.
+
+    Raises:
+        SpecError: An option has an unknown value or does not fit the depth.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        depth: int,
+        num_heads: int,
+        *,
+        patch_size: int = 16,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        qk_norm: bool = False,
+        norm: str = "layernorm",
+        layer_scale: float | None = None,
+        act: str = "gelu",
+        pos_grid: tuple[int, int] = (14, 14),
+        pos_prefix: int = 0,
+        class_token: bool = False,
+        window: Windows = None,
+        global_every: int = 0,
+        window_pad: WindowPad = "before_qkv",
+        drop_path: float = 0.0,
+        drop_path_rule: Literal["linear", "constant"] = "linear",
+        family: str = "vit",
+    ) -> None:
+        super().__init__()
+        if norm not in NORMS:
+            raise SpecError(unknown("norm", norm, NORMS))
+        if act not in ACTIVATIONS:
+            raise SpecError(unknown("activation", act, ACTIVATIONS))
+        if window_pad not in ("before_qkv", "after_qkv"):
+            raise SpecError(unknown("window_pad", window_pad, ("before_qkv", "after_qkv")))
+        if drop_path_rule not in ("linear", "constant"):
+            raise SpecError(unknown("drop_path_rule", drop_path_rule, ("linear", "constant")))
+        windows = windows_per_block(window, depth, global_every)
+        if class_token and any(windows):
+            raise SpecError("a branch with a class token attends globally: leave out window or class_token")
+        self.dims = (embed_dim,) * depth
+        self.strides = (patch_size,) * depth
+        self.patch_size = patch_size
+        self.pos_grid = tuple(pos_grid)
+        self.pos_prefix = pos_prefix
+        self.family = family
+        norm_layer = NORMS[norm]
+        self.patch_embed = PatchEmbed(None, patch_size, embed_dim=embed_dim, flatten=False)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, pos_prefix + self.pos_grid[0] * self.pos_grid[1], embed_dim))
+        rates = [drop_path if drop_path_rule == "constant" else drop_path * i / max(depth - 1, 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(
+            ViTBlock(
+                embed_dim,
+                SelfAttention(
+                    embed_dim,
+                    num_heads,
+                    qkv_bias=qkv_bias,
+                    qk_norm=norm_layer if qk_norm else None,
+                    window=side,
+                    window_pad=window_pad,
+                ),
+                norm=norm_layer,
+                mlp_ratio=mlp_ratio,
+                act=act,
+                layer_scale=layer_scale,
+                drop_path=rate,
+            )
+            for side, rate in zip(windows, rates)
+        )
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        trunc_normal_(self.pos_embed, std=0.02)
+        if self.cls_token is not None:
+            nn.init.normal_(self.cls_token, std=1e-6)
+        for module in self.blocks.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def embed(self, images: Tensor) -> Tokens:
+        """Embed images `(B, 3, H, W)`; a remainder that fills no patch is dropped.
+
+        Raises:
+            ValueError: The images are smaller than one patch.
+        """
+        height, width = images.shape[-2:]
+        if min(height, width) < self.patch_size:
+            raise ValueError(f"an image of {height} x {width} pixels holds no patch of {self.patch_size} pixels")
+        maps = self.patch_embed(images)
+        grid = (maps.shape[-2], maps.shape[-1])
+        x = maps.flatten(2).transpose(1, 2) + self._positions(grid).to(maps.dtype)
+        if self.cls_token is None:
+            return Tokens(x, grid)
+        prefix = self.cls_token + self.pos_embed[:, :1] if self.pos_prefix else self.cls_token
+        return Tokens(x, grid, prefix.to(maps.dtype).expand(len(x), -1, -1))
+
+    def _positions(self, grid: tuple[int, int]) -> Tensor:
+        return resize_positions(self.pos_embed[:, self.pos_prefix :], self.pos_grid, grid)
+
+    def run(self, tokens: Tokens, start: int, stop: int) -> Tokens:
+        """Run blocks `start` to `stop - 1`; class tokens take part in the attention."""
+        x, grid, prefix = tokens
+        if prefix is not None:
+            x = torch.cat([prefix, x], dim=1)
+        for i in range(start, stop):
+            x = self.call_block(self.blocks[i], x, grid)
+        if prefix is not None:
+            prefix, x = x.split([prefix.shape[1], x.shape[1] - prefix.shape[1]], dim=1)
+        return Tokens(x, grid, prefix)
+
+
+def windows_per_block(window: Windows, depth: int, global_every: int = 0) -> list[int | None]:
+    """Spread the window options over the blocks of a branch.
+
+    Raises:
+        SpecError: A list of another length than the depth, a list and `global_every`, or a window below one token.
+    """
+    if window is None or isinstance(window, int):
+        windows = [None if global_every and (i + 1) % global_every == 0 else window for i in range(depth)]
+    elif global_every:
+        raise SpecError("global_every goes with one window side, not with a list of windows")
+    else:
+        windows = list(window)
+    if len(windows) != depth:
+        raise SpecError(f"window lists {len(windows)} blocks, the branch has {depth}")
+    if any(w is not None and w < 1 for w in windows):
+        raise SpecError(f"window {window!r}: a window is at least one token; use None for global attention")
+    return windows
+
+
+def resize_positions(table: Tensor, source: tuple[int, int], target: tuple[int, int]) -> Tensor:
+    """Resize a position table `(1, H*W, C)` from grid `source` to grid `target`: bicubic, in float32."""
+    if source == target:
+        return table
+    maps = table.float().transpose(1, 2).unflatten(2, source)
+    with torch.autocast(table.device.type, enabled=False):
+        maps = F.interpolate(maps, size=target, mode="bicubic", align_corners=False)
+    return maps.flatten(2).transpose(1, 2)
+
+
+# DeiT and DeiT III; the released DeiT branches always carry layer scale and use one drop path rate for all blocks.
+_DEIT = {"family": "deit", "layer_scale": 1.0, "drop_path_rule": "constant"}
+# AugReg, MAE, DINOv2: a table row for the class token that no branch of a pyramid reads.
+_PLAIN = {"family": "vit", "layer_scale": 1.0, "pos_prefix": 1}
+_SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
+
+register_branch("vit")(ViTBranch)
+for _size, (_dim, _depth, _heads) in {**_SIZES, "huge": (1280, 32, 16)}.items():
+    _shape = {"embed_dim": _dim, "depth": _depth, "num_heads": _heads}
+    register_branch(f"vit_{_size}", **_shape, **_PLAIN)(ViTBranch)
+    if _size in _SIZES:
+        register_branch(f"deit_{_size}", **_shape, **_DEIT)(ViTBranch)
+register_branch(
+    "internvit_6b",
+    embed_dim=3200,
+    depth=48,
+    num_heads=25,
+    qkv_bias=False,
+    qk_norm=True,
+    norm="rmsnorm",
+    layer_scale=0.1,
+    pos_prefix=1,
+)(ViTBranch)

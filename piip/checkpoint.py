@@ -1,0 +1,340 @@
+"""Checkpoint files: reading them without unpickling code, and the authors' parameter names beside ours.
+
+Our names follow our structure. The table below holds, for each of our names, the one that the released files use;
+everything else (loading, converting, gradients under released names, layer decay) goes through it.
+"""
+
+import argparse
+import pickle
+import re
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from piip.errors import CheckpointError
+
+State = dict[str, Tensor]
+Shapes = dict[str, tuple[int, ...]]
+
+# Ours on the left, released on the right. `{i}` and `{k}` are whole numbers, `*` is the rest of the name.
+PYRAMID_RULES = (
+    ("pyramid.branches.{i}.*", "branch{i+1}.*"),
+    ("pyramid.stages.{k}.units.{i}.to_low.proj.*", "interactions.{k}.interaction_units_{i+1}{i+2}.branch2to1_proj.*"),
+    ("pyramid.stages.{k}.units.{i}.to_high.proj.*", "interactions.{k}.interaction_units_{i+1}{i+2}.branch1to2_proj.*"),
+    ("pyramid.stages.{k}.units.{i}.to_low.*", "interactions.{k}.interaction_units_{i+1}{i+2}.branch2to1_injector.*"),
+    ("pyramid.stages.{k}.units.{i}.to_high.*", "interactions.{k}.interaction_units_{i+1}{i+2}.branch1to2_injector.*"),
+    ("merge.weights.{i}", "w{i+1}"),
+    ("merge.projections.{i}.*", "merge_branch{i+1}.*"),
+    ("tap_merges.{k}.weights.{i}", "intermediate_merging_{k}_w{i+1}"),
+    ("tap_merges.{k}.projections.{i}.*", "intermediate_merging_{k}_branch{i+1}.*"),
+    ("fpn.levels.up4.*", "fpn1.*"),
+    ("fpn.levels.up2.*", "fpn2.*"),
+    ("fpn.levels.{i}.*", "fpn{i+1}.*"),
+)
+# A single branch is released as the bare network with its own FPN.
+SINGLE_RULES = (
+    ("pyramid.branches.0.*", "*"),
+    ("fpn.levels.up4.*", "up1.*"),
+    ("fpn.levels.up2.*", "up2.*"),
+)
+INJECTOR_RULES = (("ffn.dwconv.*", "ffn.dwconv.dwconv.*"),)
+# Inside a branch, by `Branch.family`; a family that is not listed uses the same names.
+FAMILY_RULES = {
+    "deit": (
+        ("blocks.{k}.ls1.gamma", "blocks.{k}.gamma_1"),
+        ("blocks.{k}.ls2.gamma", "blocks.{k}.gamma_2"),
+    ),
+    "convnext": (
+        ("stem.0.*", "convnext_model.embeddings.patch_embeddings.*"),
+        ("stem.1.*", "convnext_model.embeddings.layernorm.*"),
+        ("stages.{i}.downsample.*", "convnext_model.encoder.stages.{i}.downsampling_layer.*"),
+        ("stages.{i}.blocks.{k}.gamma", "convnext_model.encoder.stages.{i}.layers.{k}.layer_scale_parameter"),
+        ("stages.{i}.blocks.{k}.conv_dw.*", "convnext_model.encoder.stages.{i}.layers.{k}.dwconv.*"),
+        ("stages.{i}.blocks.{k}.norm.*", "convnext_model.encoder.stages.{i}.layers.{k}.layernorm.*"),
+        ("stages.{i}.blocks.{k}.mlp.fc1.*", "convnext_model.encoder.stages.{i}.layers.{k}.pwconv1.*"),
+        ("stages.{i}.blocks.{k}.mlp.fc2.*", "convnext_model.encoder.stages.{i}.layers.{k}.pwconv2.*"),
+    ),
+}
+
+
+def rename(name: str, rules: Iterable[tuple[str, str]]) -> str | None:
+    """Return what the first rule that fits makes of a name, None where none fits."""
+    for source, target in rules:
+        pattern = re.escape(source).replace(r"\*", "(?P<rest>.+)")
+        match = re.fullmatch(re.sub(r"\\{(\w)\\}", r"(?P<\1>\\d+)", pattern), name)
+        if match:
+            values = match.groupdict()
+            target = target.replace("*", values.pop("rest", ""))
+            return re.sub(r"{(\w)(?:\+(\d))?}", lambda m: str(int(values[m[1]]) + int(m[2] or 0)), target)
+    return None
+
+
+def released_names(model: nn.Module) -> dict[str, str]:
+    """Return the released name of each parameter and buffer of a `DensePyramid`, by our name."""
+    branches = model.pyramid.branches
+    names = {}
+    for name in model.state_dict():
+        inner = name
+        if match := re.match(r"(pyramid\.branches\.(\d+)\.)(.+)", name):
+            family = getattr(branches[int(match[2])], "family", "")
+            inner = match[1] + (rename(match[3], FAMILY_RULES.get(family, ())) or match[3])
+        elif match := re.match(r"(.+\.to_(?:low|high)\.)(.+)", name):
+            inner = match[1] + (rename(match[2], INJECTOR_RULES) or match[2])
+        released = rename(inner, SINGLE_RULES if len(branches) == 1 else PYRAMID_RULES)
+        if released is None:
+            raise CheckpointError(f"no released name is known for the parameter {name}")
+        names[name] = released
+    return names
+
+
+def unread_shapes(model: nn.Module) -> Shapes:
+    """Return name and shape of the tensors that a released file of this model holds and nothing reads."""
+    branches = model.pyramid.branches
+    shapes: Shapes = {}
+    for i, branch in enumerate(branches):
+        if getattr(branch, "family", "") == "convnext":  # the classifier's norm
+            prefix = "" if len(branches) == 1 else f"branch{i + 1}."
+            for leaf in ("weight", "bias"):
+                shapes[f"{prefix}convnext_model.layernorm.{leaf}"] = (branch.dims[-1],)
+    # The original's three-branch class builds the scale-4 level for DINO too, and never calls it.
+    if len(branches) == 3 and model.scales and 4 not in model.scales:
+        dim = model.out_channels[0]
+        for layer, weight in (("0", (dim, dim, 2, 2)), ("1", (dim,)), ("3", (dim, dim, 2, 2))):
+            shapes[f"fpn1.{layer}.weight"] = weight
+            shapes[f"fpn1.{layer}.bias"] = (dim,)
+    return shapes
+
+
+def released_shapes(model: nn.Module) -> Shapes:
+    """Return name and shape of every tensor that a released file of this model holds."""
+    names = released_names(model)
+    shapes = {names[name]: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return {**shapes, **unread_shapes(model)}
+
+
+def from_released(model: nn.Module, state: Mapping[str, Tensor]) -> State:
+    """Bring a complete released state to our names; what nothing reads is kept aside on the model.
+
+    Raises:
+        CheckpointError: The state is not one of this model.
+    """
+    check_complete(model, state, released_shapes(model))
+    model.unread = {name: state[name] for name in unread_shapes(model)}
+    return {ours: state[released] for ours, released in released_names(model).items()}
+
+
+def to_released(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> State:
+    """Bring a state to the released names.
+
+    Args:
+        model: A `DensePyramid`.
+        state: Tensors by our names, for example gradients, some may be missing; the model's own state by default,
+            then completed by the unread tensors (zeros where no released file was loaded).
+    """
+    names = released_names(model)
+    if state is not None:
+        return {names[name]: tensor for name, tensor in state.items()}
+    kept = getattr(model, "unread", {})
+    unread = {name: kept.get(name, torch.zeros(shape)) for name, shape in unread_shapes(model).items()}
+    return {**{names[name]: tensor for name, tensor in model.state_dict().items()}, **unread}
+
+
+def register_released_loading(model: nn.Module) -> None:
+    """Let `load_state_dict` of a `DensePyramid`, alone or inside a detector, take released names as well as ours.
+
+    A state that is not complete, or not of this model, raises `CheckpointError` also for a caller that is not
+    strict: a backbone that silently keeps random weights is never what was meant.
+    """
+
+    def convert(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        given = {name[len(prefix) :]: state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix)}
+        ours = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+        if len(given.keys() & ours.keys()) >= len(given.keys() & released_shapes(module).keys()):
+            check_complete(module, given, ours)
+        else:
+            given = from_released(module, given)
+        state_dict.update({prefix + name: tensor for name, tensor in given.items()})
+
+    model.register_load_state_dict_pre_hook(convert)
+
+
+def check_complete(model: nn.Module, state: Mapping[str, Tensor], expected: Shapes) -> None:
+    """Check that a state holds exactly the expected tensors.
+
+    Raises:
+        CheckpointError: It does not; the message says which part differs, and why it looks that way.
+    """
+    missing = [name for name in expected if name not in state]
+    unexpected = [name for name in state if name not in expected]
+    wrong = [name for name in expected if name in state and tuple(state[name].shape) != expected[name]]
+    if not (missing or unexpected or wrong):
+        return
+    parts = []
+    if wrong:
+        name = wrong[0]
+        parts.append(f"{name} is {tuple(state[name].shape)}, expected {expected[name]} ({len(wrong)} such tensors)")
+    parts += [
+        f"{len(names)} {what} tensors ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})"
+        for what, names in (("missing", missing), ("unexpected", unexpected))
+        if names
+    ]
+    why = _why_it_differs(model, state)
+    raise CheckpointError(f"the checkpoint does not fit this model: {why}{'; '.join(parts)}")
+
+
+def _why_it_differs(model: nn.Module, state: Mapping[str, Tensor]) -> str:
+    """Compare what the names and shapes of a state tell of its branches with the model's."""
+    branches = model.pyramid.branches
+    patterns = (r"branch(\d)\.(.+)", r"pyramid\.branches\.(\d+)\.(.+)")
+    seen: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in state.items():
+        for first, pattern in zip((1, 0), patterns):
+            if match := re.match(pattern, name):
+                seen.setdefault(int(match[1]) - first, {})[match[2]] = tensor
+    if not state:
+        return "it holds nothing for the backbone; is it a checkpoint of another model? "
+    if not seen and "pos_embed" in state:
+        seen = {0: dict(state)}
+    if not seen:
+        return f"it holds no branches (its names begin like {next(iter(state))!r}), so it is of another model; "
+    if len(seen) != len(branches):
+        return f"the file holds {len(seen)} branch(es), the spec {len(branches)}; "
+    widths = {
+        i: next((t.shape[0] for n, t in tensors.items() if n.endswith("patch_embed.proj.weight")), None)
+        for i, tensors in seen.items()
+    }
+    expected = [branch.dims[0] for branch in branches]
+    if [widths[i] for i in sorted(widths)] != expected:
+        text = f"the file's branches are {[widths[i] for i in sorted(widths)]} channels wide, the spec's {expected}"
+        if len(branches) == 4 and widths.get(3) == widths.get(2):
+            text += " (the file's fourth branch repeats its third, as the original builds it: use the '-as-built' spec)"
+        elif len(branches) == 4 and expected[3] == expected[2]:
+            text += " (the file's fourth branch is its own network: use the spec without '-as-built')"
+        return text + "; "
+    depths = [
+        len({m[1] for name in seen[i] if (m := re.match(r"blocks\.(\d+)\.", name))}) or branch.depth
+        for i, branch in enumerate(branches)
+    ]
+    if depths != [branch.depth for branch in branches]:
+        return f"the file's branches have {depths} blocks, the spec's {[b.depth for b in branches]}; "
+    stages = {m[1] for name in state if (m := re.match(r"(?:interactions|pyramid\.stages)\.(\d+)\.", name))}
+    if len(stages) != len(model.pyramid.stages):
+        return f"the file holds {len(stages)} interactions, the spec {len(model.pyramid.stages)}; "
+    return ""
+
+
+def _safe_types() -> list[Any]:
+    """Types that released files hold beside tensors; none of them runs code when it is rebuilt."""
+    multiarray = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
+    dtypes = [type(np.dtype(code)) for code in ("f4", "f8", "i4", "i8", "u1", "?")]
+    # Files written by NumPy 1 name the old module, files written by NumPy 2 the new one.
+    old_scalar = (multiarray.scalar, "numpy.core.multiarray.scalar")
+    return [argparse.Namespace, torch.Size, np.dtype, multiarray.scalar, old_scalar, *dtypes]
+
+
+def read_file(path: str | Path, *, map_location: str = "cpu", extra_types: Iterable[Any] = ()) -> Any:
+    """Read a checkpoint file without running any code that it may hold.
+
+    Args:
+        path: A `.safetensors`, `.npz` or torch file, or a directory written by DeepSpeed (stages 1 and 2).
+        map_location: Device of the tensors.
+        extra_types: Further harmless types to allow in torch files.
+
+    Returns:
+        What the file holds; for `.safetensors` and `.npz` a mapping from name to tensor.
+
+    Raises:
+        CheckpointError: There is no such file, it is truncated or not a checkpoint, or it holds an object of a type
+            that is not on the list of harmless ones (the message names the type).
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = _deepspeed_file(path)
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path, device=map_location)
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+        with torch.serialization.safe_globals([*_safe_types(), *extra_types]):
+            return torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL (\S+)", str(error)) or re.search(r"type (\S+)", str(error))
+        if refused is None:
+            raise CheckpointError(f"{path} is truncated or not a checkpoint: get it again") from error
+        raise CheckpointError(
+            f"{path} holds an object of type {refused[1]}, which is not loaded because rebuilding it could run code: "
+            "use a file of tensors only, or convert this one where you trust it"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, OSError, zipfile.BadZipFile, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} is truncated or not a checkpoint: get it again ({_first_line(error)})"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _deepspeed_file(directory: Path) -> Path:
+    file = directory / "mp_rank_00_model_states.pt"
+    if not file.is_file() and any(directory.glob("zero_pp_rank_*_model_states.pt")):
+        raise CheckpointError(
+            f"{directory} holds ZeRO-3 shards, no shard has a whole tensor: gather them first with DeepSpeed's "
+            "zero_to_fp32.py"
+        )
+    if not file.is_file():
+        raise CheckpointError(f"{directory} is a directory without {file.name}: give a checkpoint file")
+    return file
+
+
+def read_state_dict(path: str | Path, *, map_location: str = "cpu") -> State:
+    """Read the tensors of a checkpoint, out of whatever wraps them (`state_dict`, `model`, DeepSpeed's `module`).
+
+    Raises:
+        CheckpointError: See `read_file`; or the file holds no tensors by name.
+    """
+    state = read_file(path, map_location=map_location)
+    for key in ("state_dict", "model", "module"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+            break
+    if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path} holds no tensors by name")
+    state = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    if all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    return state
+
+
+def load_checkpoint(model: nn.Module, path: str | Path) -> None:
+    """Load a released checkpoint, or one of ours, into a model in place; nothing may be missing or left over.
+
+    A backbone takes its part of a whole detector's file.
+
+    Args:
+        model: A `DensePyramid`, or a model that holds one (a detector).
+        path: The file, see `read_file`.
+
+    Raises:
+        CheckpointError: The file cannot be read, or holds another model.
+    """
+    state = read_state_dict(path)
+    if hasattr(model, "pyramid"):
+        backbone = {n.removeprefix("backbone."): t for n, t in state.items() if n.startswith("backbone.")}
+        state = backbone or state
+    try:
+        model.load_state_dict(state)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit the model: {' '.join(str(error).split())[:400]}") from error

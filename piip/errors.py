@@ -1,0 +1,20 @@
+"""Errors that name the culprit, what was expected and what to do."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class SpecError(ValueError):
+    """A pyramid or branch is described in a way that cannot be built."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be read, or does not fit the model."""
+
+
+def unknown(kind: str, name: object, known: Iterable[str]) -> str:
+    """Return one line for an unknown name: the nearest known ones first, then all of them."""
+    known = list(known)
+    near = difflib.get_close_matches(str(name), known, n=3)
+    hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+    return f"unknown {kind} {name!r}{hint}; known: {', '.join(known)}"

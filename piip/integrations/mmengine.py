@@ -1,0 +1,90 @@
+"""The pyramid as an mmengine backbone, and layer-wise learning-rate decay for it.
+
+Importing this module registers both in mmengine's root registries, where mmdet and mmseg find them, and puts the
+stand-in for mmcv's compiled ops in place. Configs import it first:
+`custom_imports = dict(imports=["piip.integrations.mmengine"])`.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmengine.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS
+from mmengine.optim import DefaultOptimWrapperConstructor
+from torch import nn
+
+from piip.branches.pretrained import load_pretrained
+from piip.errors import CheckpointError
+from piip.integrations import mmcv_ops
+from piip.models import DensePyramid
+from piip.optim import layer_decay, param_groups
+from piip.zoo.specs import PyramidSpec
+
+mmcv_ops.install()
+
+
+@MODELS.register_module()
+class PIIPBackbone(DensePyramid):
+    """`DensePyramid` for mmengine models: `init_weights` loads the pretrained weights of its branches.
+
+    Args:
+        spec: See `DensePyramid`.
+        pretrained: Folder with the branches' pretrained weights (the `weights` of each `BranchSpec` are file names in
+            it); `$PIIP_PRETRAINED` replaces it. None starts from random weights.
+        **options: Further options of `DensePyramid`.
+    """
+
+    def __init__(
+        self,
+        spec: str | PyramidSpec | Mapping[str, Any],
+        *,
+        pretrained: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(spec, **options)
+        self.pretrained = pretrained
+
+    def init_weights(self) -> None:
+        """Load the pretrained weights of every branch that names some; mmengine calls this before training.
+
+        Raises:
+            CheckpointError: A file is missing, cannot be read or does not fit its branch.
+        """
+        if self.pretrained is None:
+            return
+        folder = Path(os.environ.get("PIIP_PRETRAINED") or self.pretrained)
+        wanted = [(b, folder / s.weights) for b, s in zip(self.pyramid.branches, self.spec.branches) if s.weights]
+        if missing := sorted({str(path) for _, path in wanted if not path.is_file()}):
+            raise CheckpointError(
+                f"pretrained weights not found: {', '.join(missing)}. Put them there (the README says where each file "
+                "comes from), name their folder in $PIIP_PRETRAINED, or start from random weights with --cfg-options "
+                "model.backbone.pretrained=None"
+            )
+        for branch, path in wanted:
+            load_pretrained(branch, path)
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
+    """Layer-wise learning-rate decay for a model whose backbone is a pyramid.
+
+    `paramwise_cfg` holds `layer_decay_rate` alone; depths follow from the spec. See `piip.optim.layer_decay`.
+    """
+
+    def add_params(self, params: list[dict], module: nn.Module, **_: Any) -> None:
+        """Fill `params` with the parameter groups of `module`.
+
+        Raises:
+            ValueError: `paramwise_cfg` has another key, or the model has no pyramid as its backbone.
+        """
+        if set(self.paramwise_cfg) != {"layer_decay_rate"}:
+            raise ValueError(
+                f"paramwise_cfg of LayerDecayOptimWrapperConstructor takes layer_decay_rate alone, got "
+                f"{sorted(self.paramwise_cfg)}"
+            )
+        if not isinstance(getattr(module, "backbone", None), DensePyramid):
+            raise ValueError("LayerDecayOptimWrapperConstructor needs a model whose backbone is a PIIPBackbone")
+        groups = layer_decay(module, self.paramwise_cfg["layer_decay_rate"])
+        named = module.named_parameters()
+        params.extend(param_groups(named, groups, self.base_lr, self.base_wd or 0.0))

@@ -1,0 +1,1 @@
+"""The zoo: one row per published row."""

@@ -1,0 +1,271 @@
+"""From a case of the reference data, which speaks the original's options, to our model."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from piip import BranchSpec, DensePyramid, PyramidSpec
+from piip.branches import Branch, create_branch
+from piip.zoo.specs import as_built
+
+
+class Unsupported(Exception):
+    """The case needs a part of the original that is not built yet; the message names it."""
+
+
+@dataclass
+class Translated:
+    """A model that takes the case's seeded tensors under the released names."""
+
+    model: nn.Module
+
+
+# Options that change nothing in evaluation, or that the data holds at one value only.
+WITHOUT_EFFECT = {
+    "with_cp",
+    "unfreeze",
+    "use_branch_merging",
+    "with_cffn",
+    "layerscale_force_fp32",
+    "output_dtype",
+    "drop_rate",
+    "drop_path_rate",
+    "interaction_drop_path_rate",
+    "pretrained",
+    "with_fpn",
+    "pretrain_patch_size",
+}
+
+
+class Options:
+    """The original's keyword arguments, each of which must be asked for or be without effect."""
+
+    def __init__(self, owner: str, values: Mapping[str, Any], **defaults: Any) -> None:
+        self.owner = owner
+        self.values = {**defaults, **values}
+        self.asked: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
+        return self.values[key]
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return self.values.get(key, default)
+
+    def finish(self) -> None:
+        if left := set(self.values) - self.asked - WITHOUT_EFFECT:
+            raise Unsupported(f"{self.owner}: option(s) {', '.join(sorted(left))}")
+
+
+def windows(on: bool | list[bool], sizes: int | list[int], depth: int) -> tuple[int | None, ...]:
+    on = on if isinstance(on, list) else [on] * depth
+    sizes = sizes if isinstance(sizes, list) else [sizes] * depth
+    return tuple(size if enabled is True else None for enabled, size in zip(on, sizes, strict=True))
+
+
+def vit_models(task: str, values: Mapping[str, Any], case: Mapping[str, Any]) -> tuple[str, dict[str, Any], Options]:
+    """DeiT."""
+    o = Options(
+        f"{task}.vit_models",
+        values,
+        patch_size=16,
+        pretrain_img_size=224,
+        embed_dim=768,
+        depth=12,
+        num_heads=12,
+        mlp_ratio=4.0,
+        qkv_bias=False,
+        init_scale=1e-4,
+        window_attn=False,
+        window_size=14,
+        use_flash_attn=False,
+        Mlp_block="mlp",
+    )
+    side = o["pretrain_img_size"] // o["patch_size"]
+    o.get("img_size")  # the original builds the table for pretrain_img_size all the same
+    return (
+        "vit",
+        {
+            "family": "deit",
+            "layer_scale": o["init_scale"],
+            "pos_grid": (side, side),
+            "window": windows(o["window_attn"], o["window_size"], o["depth"]),
+            "window_pad": "before_qkv" if o["use_flash_attn"] else "after_qkv",
+            "act": "gelu_tanh" if o["Mlp_block"] == "fused_mlp" else "gelu",
+            **{key: o[key] for key in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias")},
+        },
+        o,
+    )
+
+
+def intern_vit(task: str, values: Mapping[str, Any], case: Mapping[str, Any]) -> tuple[str, dict[str, Any], Options]:
+    """The original's generic ViT: InternViT-6B, MAE, AugReg, DINOv2."""
+    o = Options(
+        f"{task}.InternViT6B",
+        values,
+        patch_size=14,
+        pretrain_img_size=224,
+        embed_dim=3200,
+        depth=48,
+        num_heads=25,
+        mlp_ratio=4.0,
+        qkv_bias=False,
+        qk_normalization=True,
+        norm_layer_type="RMSNorm",
+        init_values=0.1,
+        window_attn=False,
+        window_size=14,
+        mlp_type="mlp",
+    )
+    table = o.get("img_size", o["pretrain_img_size"]) if task == "seg" else o["pretrain_img_size"]
+    side = table // o["patch_size"]
+    o.get("use_flash_attn")
+    return (
+        "vit",
+        {
+            "family": "vit",
+            "pos_prefix": 1,
+            "layer_scale": o["init_values"],
+            "pos_grid": (side, side),
+            "norm": o["norm_layer_type"].lower(),
+            "qk_norm": o["qk_normalization"],
+            "window": windows(o["window_attn"], o["window_size"], o["depth"]),
+            "act": "gelu_tanh" if o["mlp_type"] == "fused_mlp" else "gelu",
+            **{key: o[key] for key in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias")},
+        },
+        o,
+    )
+
+
+def convnext(task: str, values: Mapping[str, Any], case: Mapping[str, Any]) -> tuple[str, dict[str, Any], Options]:
+    """ConvNeXt; its sizes are those of the Hugging Face model, unless the case overrides them."""
+    o = Options(f"{task}.ConvNextHFWrapper", values)
+    o.get("downsample_ratios")
+    o.get("real_size")
+    sizes = case.get("convnext_overrides", {}).get(values["pretrained"])
+    size = values["pretrained"].split("-")[1]
+    options = {} if sizes is None else {"depths": sizes["depths"], "widths": sizes["hidden_sizes"]}
+    return f"convnext_{size}", options, o
+
+
+BRANCHES: dict[str, Callable[..., tuple[str, dict[str, Any], Options]]] = {
+    "vit_models": vit_models,
+    "InternViT6B": intern_vit,
+    "ConvNeXt": convnext,
+    "ConvNextHFWrapper": convnext,
+}
+
+
+def branch_class(pretrained: str) -> str:
+    """The original tells the class from the name of the weights, in this order."""
+    for word, name in (
+        ("deit", "vit_models"),
+        ("beit", "BEiT"),
+        ("perceiver", "UniPerceiver"),
+        ("convnext", "ConvNeXt"),
+    ):
+        if word in pretrained:
+            return name
+    return "InternViT6B"
+
+
+def pyramid_branch(task: str, values: Mapping[str, Any], case: Mapping[str, Any]) -> BranchSpec:
+    name = branch_class(values.get("pretrained", ""))
+    if name not in BRANCHES:
+        raise Unsupported(f"{task}.{name} branch")
+    arch, options, o = BRANCHES[name](task, values, case)
+    blocks = tuple(last - first + 1 for first, last in o["interaction_indexes"])
+    spec = BranchSpec(arch, o["real_size"], blocks=blocks, options=options)
+    o.finish()
+    return spec
+
+
+def pyramid(case: Mapping[str, Any], task: str, count: int) -> DensePyramid:
+    o = Options(
+        case["class"],
+        case["kwargs"],
+        deform_num_heads=6,
+        deform_ratio=1.0,
+        n_points=4,
+        cffn_ratio=0.25,
+        interact_attn_type="normal",
+        interaction_proj=True,
+        norm_layer="LayerNorm",
+        is_dino=False,
+        with_simple_fpn=True,
+    )
+    taps = None if o["with_simple_fpn"] else o["out_interaction_indexes"]
+    branches = [pyramid_branch(task, o[f"branch{i + 1}"], case) for i in range(count)]
+    sizes = [b.resolution for b in branches]
+    reference = sizes[1] if (task, count) == ("seg", 3) else sizes[-1]
+    if task == "det":
+        sizes = [min(size, reference) for size in sizes]  # the original never enlarges
+    spec = PyramidSpec(
+        branches=tuple(
+            BranchSpec(b.arch, size, blocks=b.blocks, options=b.options) for b, size in zip(branches, sizes)
+        ),
+        interactions=len(branches[0].blocks),
+        attention={"deform": "deformable", "normal": "regular"}[o["interact_attn_type"]],
+        heads=o["deform_num_heads"],
+        points=o["n_points"],
+        value_ratio=o["deform_ratio"],
+        ffn_ratio=o["cffn_ratio"],
+        proj=o["interaction_proj"],
+        norm=o["norm_layer"] != "none",
+        input_resolution=reference,
+        output_branch=count - 1,
+    )
+    o.get("out_interaction_indexes")
+    scales = (2, 1, 0.5) if o["is_dino"] else (4, 2, 1, 0.5)
+    o.finish()
+    return DensePyramid(as_built(spec) if count == 4 and "branch4" not in case else spec, scales=scales, taps=taps)
+
+
+def single(case: Mapping[str, Any], task: str, name: str) -> DensePyramid:
+    arch, options, o = BRANCHES[name](task, case["kwargs"], case)
+    if name == "ConvNextHFWrapper":
+        if o.get("with_simple_fpn", True) or not o.get("single_branch", False):
+            raise Unsupported(f"{case['class']}: simple FPN")
+        o.finish()
+        branch = create_branch(arch, **options)
+        ends = [i + 1 for i in range(branch.depth) if i + 1 == branch.depth or branch.dims[i] != branch.dims[i + 1]]
+        blocks = tuple(stop - start for start, stop in zip([0, *ends], ends))
+        return DensePyramid(PyramidSpec((BranchSpec(arch, 1024, blocks=blocks, options=options),)), taps=(0, 1, 2))
+    last = o.get("out_indices", [options["depth"] - 1])[-1]
+    if last != options["depth"] - 1:
+        raise Unsupported(f"{case['class']}: output before the last block")
+    if not o.get("use_simple_fpn", True) or o.get("with_final_norm", False):
+        raise Unsupported(f"{case['class']}: one map per level, or a final norm")
+    o.finish()
+    return DensePyramid(PyramidSpec((BranchSpec(arch, 1024, options=options),)))
+
+
+def pretrained_branch(case: Mapping[str, Any]) -> Branch:
+    """The branch that a pretrained file of a `ckpt_*` case is loaded into."""
+    task, name = case["class"].split(".")
+    if task not in ("det", "seg") or name not in BRANCHES:
+        raise Unsupported(f"{case['class']} (pretrained file)")
+    arch, options, o = BRANCHES[name](task, case["kwargs"], case)
+    o.finish()
+    return create_branch(arch, **options)
+
+
+def translate(case: Mapping[str, Any]) -> Translated:
+    """Build our model for a case.
+
+    Args:
+        case: The whole json of a case.
+
+    Raises:
+        Unsupported: The case needs what is not built yet.
+    """
+    if "class" not in case:
+        raise Unsupported(f"case without a class: {case.get('case')}")
+    task, _, name = case["class"].partition(".")
+    count = {"PIIPTwoBranch": 2, "PIIPThreeBranch": 3, "PIIPFourBranch": 4}.get(name)
+    if task not in ("det", "seg") or not (count or name in BRANCHES):
+        raise Unsupported(case["class"])
+    return Translated(pyramid(case, task, count) if count else single(case, task, name))
