@@ -22,6 +22,13 @@ def merge_windows(x: Tensor, window: int, size: tuple[int, int]) -> Tensor:
     return x.transpose(2, 3).reshape(-1, h, w, x.shape[-1])
 
 
+def _padded_windows(x: Tensor, grid: tuple[int, int], window: int, pad_h: int, pad_w: int) -> Tensor:
+    x = x.unflatten(1, grid)
+    if pad_h or pad_w:
+        x = F.pad(x, (0, 0, 0, pad_w, 0, pad_h))
+    return partition_windows(x, window)
+
+
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """Reshape `(B, L, C)` to `(B, heads, L, C / heads)`."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -74,19 +81,13 @@ class SelfAttention(nn.Module):
         h, w = grid
         pad_h, pad_w = -h % self.window, -w % self.window
         if self.window_pad == "before_qkv":
-            qkv = self.qkv(self._windows(x, grid, pad_h, pad_w))
+            qkv = self.qkv(_padded_windows(x, grid, self.window, pad_h, pad_w))
         else:
-            qkv = self._windows(self.qkv(x), grid, pad_h, pad_w)
+            qkv = _padded_windows(self.qkv(x), grid, self.window, pad_h, pad_w)
         x = merge_windows(self._attend(qkv), self.window, (h + pad_h, w + pad_w))
         # The bounds of an unpadded grid are not sliced: a slice of a full dimension still costs a copy below.
         x = x[:, :h, :w] if pad_h or pad_w else x
         return self.proj(x.flatten(1, 2))
-
-    def _windows(self, x: Tensor, grid: tuple[int, int], pad_h: int, pad_w: int) -> Tensor:
-        x = x.unflatten(1, grid)
-        if pad_h or pad_w:
-            x = F.pad(x, (0, 0, 0, pad_w, 0, pad_h))
-        return partition_windows(x, self.window)
 
     def _attend(self, qkv: Tensor) -> Tensor:
         q, k, v = qkv.chunk(3, dim=-1)

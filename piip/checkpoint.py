@@ -10,7 +10,7 @@ import re
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from piip.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from piip.models import DensePyramid
 
 State = dict[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
@@ -70,13 +73,16 @@ def rename(name: str, rules: Iterable[tuple[str, str]]) -> str | None:
         pattern = re.escape(source).replace(r"\*", "(?P<rest>.+)")
         match = re.fullmatch(re.sub(r"\\{(\w)\\}", r"(?P<\1>\\d+)", pattern), name)
         if match:
-            values = match.groupdict()
-            target = target.replace("*", values.pop("rest", ""))
-            return re.sub(r"{(\w)(?:\+(\d))?}", lambda m: str(int(values[m[1]]) + int(m[2] or 0)), target)
+            return _fill(target, match.groupdict())
     return None
 
 
-def released_names(model: nn.Module) -> dict[str, str]:
+def _fill(target: str, values: dict[str, str]) -> str:
+    target = target.replace("*", values.get("rest", ""))
+    return re.sub(r"{(\w)(?:\+(\d))?}", lambda m: str(int(values[m[1]]) + int(m[2] or 0)), target)
+
+
+def released_names(model: "DensePyramid") -> dict[str, str]:
     """Return the released name of each parameter and buffer of a `DensePyramid`, by our name."""
     branches = model.pyramid.branches
     names = {}
@@ -94,7 +100,7 @@ def released_names(model: nn.Module) -> dict[str, str]:
     return names
 
 
-def unread_shapes(model: nn.Module) -> Shapes:
+def unread_shapes(model: "DensePyramid") -> Shapes:
     """Return name and shape of the tensors that a released file of this model holds and nothing reads."""
     branches = model.pyramid.branches
     shapes: Shapes = {}
@@ -112,14 +118,14 @@ def unread_shapes(model: nn.Module) -> Shapes:
     return shapes
 
 
-def released_shapes(model: nn.Module) -> Shapes:
+def released_shapes(model: "DensePyramid") -> Shapes:
     """Return name and shape of every tensor that a released file of this model holds."""
     names = released_names(model)
     shapes = {names[name]: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     return {**shapes, **unread_shapes(model)}
 
 
-def from_released(model: nn.Module, state: Mapping[str, Tensor]) -> State:
+def from_released(model: "DensePyramid", state: Mapping[str, Tensor]) -> State:
     """Bring a complete released state to our names; what nothing reads is kept aside on the model.
 
     Raises:
@@ -130,7 +136,7 @@ def from_released(model: nn.Module, state: Mapping[str, Tensor]) -> State:
     return {ours: state[released] for ours, released in released_names(model).items()}
 
 
-def to_released(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> State:
+def to_released(model: "DensePyramid", state: Mapping[str, Tensor] | None = None) -> State:
     """Bring a state to the released names.
 
     Args:
@@ -146,14 +152,14 @@ def to_released(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> 
     return {**{names[name]: tensor for name, tensor in model.state_dict().items()}, **unread}
 
 
-def register_released_loading(model: nn.Module) -> None:
+def register_released_loading(model: "DensePyramid") -> None:
     """Let `load_state_dict` of a `DensePyramid`, alone or inside a detector, take released names as well as ours.
 
     A state that is not complete, or not of this model, raises `CheckpointError` also for a caller that is not
     strict: a backbone that silently keeps random weights is never what was meant.
     """
 
-    def convert(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    def convert(module: "DensePyramid", state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         given = {name[len(prefix) :]: state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix)}
         ours = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
         if len(given.keys() & ours.keys()) >= len(given.keys() & released_shapes(module).keys()):
@@ -165,7 +171,7 @@ def register_released_loading(model: nn.Module) -> None:
     model.register_load_state_dict_pre_hook(convert)
 
 
-def check_complete(model: nn.Module, state: Mapping[str, Tensor], expected: Shapes) -> None:
+def check_complete(model: "DensePyramid", state: Mapping[str, Tensor], expected: Shapes) -> None:
     """Check that a state holds exactly the expected tensors.
 
     Raises:
@@ -189,13 +195,13 @@ def check_complete(model: nn.Module, state: Mapping[str, Tensor], expected: Shap
     raise CheckpointError(f"the checkpoint does not fit this model: {why}{'; '.join(parts)}")
 
 
-def _why_it_differs(model: nn.Module, state: Mapping[str, Tensor]) -> str:
+def _why_it_differs(model: "DensePyramid", state: Mapping[str, Tensor]) -> str:
     """Compare what the names and shapes of a state tell of its branches with the model's."""
     branches = model.pyramid.branches
     patterns = (r"branch(\d)\.(.+)", r"pyramid\.branches\.(\d+)\.(.+)")
     seen: dict[int, dict[str, Tensor]] = {}
     for name, tensor in state.items():
-        for first, pattern in zip((1, 0), patterns):
+        for first, pattern in zip((1, 0), patterns, strict=True):
             if match := re.match(pattern, name):
                 seen.setdefault(int(match[1]) - first, {})[match[2]] = tensor
     if not state:
@@ -232,11 +238,11 @@ def _why_it_differs(model: nn.Module, state: Mapping[str, Tensor]) -> str:
 
 def _safe_types() -> list[Any]:
     """Types that released files hold beside tensors; none of them runs code when it is rebuilt."""
-    multiarray = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
     dtypes = [type(np.dtype(code)) for code in ("f4", "f8", "i4", "i8", "u1", "?")]
-    # Files written by NumPy 1 name the old module, files written by NumPy 2 the new one.
-    old_scalar = (multiarray.scalar, "numpy.core.multiarray.scalar")
-    return [argparse.Namespace, torch.Size, np.dtype, multiarray.scalar, old_scalar, *dtypes]
+    # What rebuilds a scalar. Files written by NumPy 1 name the first module, files written by NumPy 2 the second.
+    scalar = np.float64().__reduce__()[0]
+    scalars = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    return [argparse.Namespace, torch.Size, np.dtype, *scalars, *dtypes]
 
 
 def read_file(path: str | Path, *, map_location: str = "cpu", extra_types: Iterable[Any] = ()) -> Any:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -29,11 +30,14 @@ def sample_torch(value: Tensor, grid: tuple[int, int], locations: Tensor, weight
     maps = value.permute(0, 2, 3, 1).reshape(b * heads, value.shape[3], *grid)
     locations = (2 * locations - 1).transpose(1, 2).flatten(0, 1)  # (B*heads, Q, points, 2), now -1 .. 1
     weights = weights.transpose(1, 2).flatten(0, 1)  # (B*heads, Q, points)
-    total = None
-    for p in range(points):
+
+    def sample(p: int) -> Tensor:
         sampled = F.grid_sample(maps, locations[:, :, None, p], align_corners=False).squeeze(-1)  # (B*heads, C, Q)
-        weighted = sampled * weights[:, None, :, p]
-        total = weighted if total is None else total + weighted
+        return sampled * weights[:, None, :, p]
+
+    total = sample(0)
+    for p in range(1, points):
+        total = total + sample(p)
     return total.unflatten(0, (b, heads)).permute(0, 3, 1, 2).reshape(b, queries, -1)
 
 
@@ -51,6 +55,12 @@ def choose_kernel(name: str) -> Kernel:
     return KERNELS["torch" if name == "auto" else name]
 
 
+def no_autocast(x: Tensor) -> AbstractContextManager:
+    """Return a region in which operations on the device of `x` keep the dtype that they are given."""
+    # The meta device, where costs are counted, knows no autocast. Asking torch what a device knows breaks the graph.
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
 class Float32Linear(nn.Linear):
     """A linear layer that computes in float32 (or better) whatever the dtype of its input and its parameters.
 
@@ -61,7 +71,7 @@ class Float32Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to `x (..., in_features)`; returns `(..., out_features)`, at least float32."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x):
             bias = None if self.bias is None else self.bias.to(dtype)
             return F.linear(x.to(dtype), self.weight.to(dtype), bias)
 
@@ -143,7 +153,7 @@ class DeformableCrossAttention(nn.Module):
         Returns:
             `(B, Hq*Wq, dim)` in the dtype of `query`.
         """
-        with torch.autocast(query.device.type, enabled=False):
+        with no_autocast(query):
             value = self.value_proj(feat).unflatten(-1, (self.num_heads, -1))
             offsets = self.sampling_offsets(query).unflatten(-1, (self.num_heads, self.points, 2))
             weights = self.attention_weights(query).unflatten(-1, (self.num_heads, self.points)).softmax(-1)

@@ -1,6 +1,7 @@
 """Interactions between neighbouring branches (arXiv 2406.04330, section 3.2, equations 1 and 2)."""
 
-from typing import Literal
+from itertools import pairwise
+from typing import Any, Literal
 
 import torch
 import torch.utils.checkpoint
@@ -120,7 +121,7 @@ class InteractionUnit(nn.Module):
         **options: Options of `Injector`.
     """
 
-    def __init__(self, low_dim: int, high_dim: int, **options) -> None:
+    def __init__(self, low_dim: int, high_dim: int, **options: Any) -> None:
         super().__init__()
         self.to_low = Injector(low_dim, high_dim, **options)
         self.to_high = Injector(high_dim, low_dim, **options)
@@ -138,10 +139,10 @@ class InteractionStage(nn.Module):
         **options: Options of `Injector`.
     """
 
-    def __init__(self, dims: list[int], **options) -> None:
+    def __init__(self, dims: list[int], **options: Any) -> None:
         super().__init__()
         self.grad_checkpointing = False
-        self.units = nn.ModuleList(InteractionUnit(low, high, **options) for low, high in zip(dims, dims[1:]))
+        self.units = nn.ModuleList(InteractionUnit(low, high, **options) for low, high in pairwise(dims))
 
     def forward(self, states: list[Tokens]) -> list[Tokens]:
         """Return the updated state of every branch; the given list is left as it is."""

@@ -1,6 +1,7 @@
 """Merging: the branches' tokens become one map (arXiv 2406.04330, section 3.3, equations 3 and 4)."""
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -63,10 +64,14 @@ class BranchMerge(nn.Module):
     def forward(self, states: Sequence[Tokens]) -> Tensor:
         """Merge one state per branch into `(B, dims[0], H, W)`, the grid being that of the output branch."""
         grid = states[self.output_branch].grid
-        merged = None
-        for state, projection, weight in zip(states, self.projections, self.weights, strict=True):
-            maps = projection(state.to_map())
-            if state.grid != grid:
-                maps = F.interpolate(maps.float(), size=grid, mode="bilinear", align_corners=False).to(maps.dtype)
-            merged = weight * maps if merged is None else merged + weight * maps
-        return merged
+        weighted = (
+            weight * _resize(projection(state.to_map()), grid)
+            for state, projection, weight in zip(states, self.projections, self.weights, strict=True)
+        )
+        return reduce(torch.add, weighted)
+
+
+def _resize(maps: Tensor, grid: tuple[int, int]) -> Tensor:
+    if maps.shape[-2:] == grid:
+        return maps
+    return F.interpolate(maps.float(), size=grid, mode="bilinear", align_corners=False).to(maps.dtype)

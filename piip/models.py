@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,14 +31,17 @@ class DensePyramid(nn.Module):
     Attributes:
         out_channels: Channels of each level.
         strides: Input pixels per cell of each level.
+        unread: Tensors of a released file that nothing reads, by name; there once such a file was loaded.
 
     Raises:
         SpecError: The spec cannot be built.
     """
 
+    unread: dict[str, Tensor]
+
     def __init__(
         self,
-        spec: str | PyramidSpec | Mapping,
+        spec: str | PyramidSpec | Mapping[str, Any],
         *,
         scales: Sequence[float] = (4, 2, 1, 0.5),
         taps: Sequence[int] | None = None,
@@ -65,7 +69,7 @@ class DensePyramid(nn.Module):
         else:
             self.out_channels = dims
             self.strides = [4.0 * 2**i for i in range(len(dims))]
-            self.fpn = RegularFPN(dims, [own / target for own, target in zip(strides, self.strides)])
+            self.fpn = RegularFPN(dims, [own / target for own, target in zip(strides, self.strides, strict=True)])
         register_released_loading(self)
 
     def _build_merge(self, stage: int, style: str) -> BranchMerge:
@@ -79,11 +83,14 @@ class DensePyramid(nn.Module):
         """
         kept = self.pyramid(images, taps=[*self.taps, -1])
         merges = [self.merge] * len(kept) if self.merge is None else [*self.tap_merges.values(), self.merge]
-        maps = [states[0].to_map() if merge is None else merge(states) for merge, states in zip(merges, kept)]
+        pairs = zip(merges, kept, strict=True)
+        maps = [states[0].to_map() if merge is None else merge(states) for merge, states in pairs]
         return self.fpn(maps if self.taps else maps[0])
 
 
-def create_model(spec: str | PyramidSpec | Mapping, *, checkpoint: str | Path | None = None, **options) -> DensePyramid:
+def create_model(
+    spec: str | PyramidSpec | Mapping[str, Any], *, checkpoint: str | Path | None = None, **options: Any
+) -> DensePyramid:
     """Build a dense backbone, with the weights of a checkpoint where one is given.
 
     Args:

@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from torch import nn
 
 from piip.checkpoint import released_names
+from piip.models import DensePyramid
 
 EMBEDDING = re.compile(r"pos_embed|cls_token|patch_embed\.|visual_embed\.")
 BLOCK = re.compile(r"blocks\.(\d+)\.")
@@ -27,24 +28,29 @@ class ParamGroup(NamedTuple):
 def layer_id(name: str, depths: Sequence[int]) -> int:
     """Return the depth of a parameter: 0 for embeddings, k + 1 for block k, depth + 1 for all that has no depth.
 
-    Depths count in blocks of the first branch. Another branch's block k counts as (k + 1) times the ratio of the
-    depths, rounded down; interactions, merging, FPN, neck and heads count as the very end.
+    Depths count in blocks of the first branch that takes part. Another branch's block k counts as (k + 1) times the
+    ratio of the depths, rounded down; interactions, merging, FPN, neck and heads count as the very end.
 
     Args:
         name: Released name of the parameter within the backbone.
         depths: Blocks of every branch that takes part; 0 for one without layer decay (ConvNeXt).
     """
+    layers = _layers(depths)
     branch, inner = 0, name
     if len(depths) > 1:
         match = re.match(r"branch(\d)\.(.+)", name)
         if match is None:
-            return depths[0] + 1
+            return layers + 1
         branch, inner = int(match[1]) - 1, match[2]
     if depths[branch] and EMBEDDING.match(inner):
         return 0
     if depths[branch] and (block := BLOCK.match(inner)):
-        return (int(block[1]) + 1) * depths[0] // depths[branch]
-    return depths[0] + 1
+        return (int(block[1]) + 1) * layers // depths[branch]
+    return layers + 1
+
+
+def _layers(depths: Sequence[int]) -> int:
+    return next((depth for depth in depths if depth), 0)
 
 
 def layer_decay(model: nn.Module, rate: float, prefix: str = "backbone.") -> dict[str, ParamGroup]:
@@ -61,10 +67,10 @@ def layer_decay(model: nn.Module, rate: float, prefix: str = "backbone.") -> dic
     Returns:
         One entry per trainable parameter, by its name in `model`.
     """
-    backbone = model.get_submodule(prefix.rstrip(".")) if prefix else model
+    backbone = cast(DensePyramid, model.get_submodule(prefix.rstrip(".")) if prefix else model)
     released = released_names(backbone)
     depths = [branch.depth if hasattr(branch, "blocks") else 0 for branch in backbone.pyramid.branches]
-    last = depths[0] + 1
+    last = _layers(depths) + 1
     groups = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ class PIIP(nn.Module):
         blocks: Sequence[Sequence[int] | None] | None = None,
         input_resolution: int | None = None,
         output_branch: int | None = None,
-        **interaction_options,
+        **interaction_options: Any,
     ) -> None:
         super().__init__()
         count = len(branches)
@@ -51,13 +52,14 @@ class PIIP(nn.Module):
             raise SpecError(f"{count} branches and {len(resolutions)} resolutions: give one resolution per branch")
         if bad := [r for r in (*resolutions, input_resolution or 1) if not isinstance(r, int) or r < 1]:
             raise SpecError(f"resolutions are positive whole numbers of pixels, got {bad[0]!r}")
-        for i, (branch, resolution) in enumerate(zip(branches, resolutions)):
+        for i, (branch, resolution) in enumerate(zip(branches, resolutions, strict=True)):
             if resolution < max(branch.strides):
                 raise SpecError(
                     f"branch {i + 1}: a resolution of {resolution} pixels leaves no token, "
                     f"it has one per {max(branch.strides)} pixels"
                 )
-        self.branches = nn.ModuleList(branches)
+        # Both lists are typed by what they hold: nn.ModuleList does not say.
+        self.branches = cast(Sequence[Branch], nn.ModuleList(branches))
         self.resolutions = tuple(resolutions)
         self.input_resolution = input_resolution or max(resolutions)
         # On equal sizes the later branch gives the grid: it is the finer one where branches differ in stride.
@@ -70,12 +72,8 @@ class PIIP(nn.Module):
             cut_blocks(branch.depth, stages, per_stage, f"branch {i + 1}")
             for i, (branch, per_stage) in enumerate(zip(branches, blocks, strict=True))
         ]
-        self.stages = nn.ModuleList(
-            InteractionStage(
-                [branch.dims[cut[k][1] - 1] for branch, cut in zip(branches, self.cuts)], **interaction_options
-            )
-            for k in range(interactions)
-        )
+        exchanges = (InteractionStage(self.dims(k), **interaction_options) for k in range(interactions))
+        self.stages = cast(Sequence[InteractionStage], nn.ModuleList(exchanges))
 
     @property
     def depth(self) -> int:
@@ -84,18 +82,19 @@ class PIIP(nn.Module):
 
     def dims(self, stage: int = -1) -> list[int]:
         """Return the channels of every branch after a stage."""
-        return [branch.dims[cut[stage][1] - 1] for branch, cut in zip(self.branches, self.cuts)]
+        return [branch.dims[cut[stage][1] - 1] for branch, cut in zip(self.branches, self.cuts, strict=True)]
 
     def strides(self, stage: int = -1) -> list[float]:
         """Return the pixels of the pyramid's input per token, for every branch after a stage."""
         return [
             branch.strides[cut[stage][1] - 1] * self.input_resolution / resolution
-            for branch, cut, resolution in zip(self.branches, self.cuts, self.resolutions)
+            for branch, cut, resolution in zip(self.branches, self.cuts, self.resolutions, strict=True)
         ]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade time for memory in training: recompute the activations of blocks and interactions alike."""
-        for module in (*self.branches, *self.stages):
+        modules: list[Branch | InteractionStage] = [*self.branches, *self.stages]
+        for module in modules:
             module.grad_checkpointing = enable
 
     def forward(self, images: Tensor, taps: Sequence[int] = (-1,)) -> list[list[Tokens]]:
@@ -116,7 +115,7 @@ class PIIP(nn.Module):
         states = [branch.embed(self._resize(images, i)) for i, branch in enumerate(self.branches)]
         kept = {}
         for k in range(self.depth):
-            states = [branch.run(t, *cut[k]) for branch, t, cut in zip(self.branches, states, self.cuts)]
+            states = [branch.run(t, *cut[k]) for branch, t, cut in zip(self.branches, states, self.cuts, strict=True)]
             if self.stages:
                 states = self.stages[k](states)
             if k in wanted:

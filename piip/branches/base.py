@@ -3,6 +3,7 @@
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.utils.checkpoint
@@ -38,7 +39,7 @@ class Branch(nn.Module, ABC):
     def run(self, tokens: Tokens, start: int, stop: int) -> Tokens:
         """Run blocks `start` to `stop - 1`; `run(run(t, 0, i), i, j)` equals `run(t, 0, j)`."""
 
-    def call_block(self, block: nn.Module, *args):
+    def call_block(self, block: nn.Module, *args: Any) -> Any:
         """Call a block, with its activations recomputed in the backward pass where checkpointing is on."""
         if self.grad_checkpointing and torch.is_grad_enabled():
             return torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False)
@@ -46,10 +47,10 @@ class Branch(nn.Module, ABC):
 
 
 BranchFactory = Callable[..., Branch]
-_FACTORIES: dict[str, tuple[BranchFactory, dict]] = {}
+_FACTORIES: dict[str, tuple[BranchFactory, dict[str, Any]]] = {}
 
 
-def register_branch(name: str, **defaults) -> Callable[[BranchFactory], BranchFactory]:
+def register_branch(name: str, **defaults: Any) -> Callable[[BranchFactory], BranchFactory]:
     """Return a decorator that makes a branch type known by name.
 
     Args:
@@ -74,7 +75,7 @@ def list_branches() -> list[str]:
     return sorted(_FACTORIES)
 
 
-def create_branch(name: str, **options) -> Branch:
+def create_branch(name: str, **options: Any) -> Branch:
     """Build a branch by the name of its type.
 
     Args:

@@ -1,11 +1,13 @@
 """ConvNeXt as a branch (arXiv 2201.03545), block by block; a down-sampling layer is a block too."""
 
 from collections.abc import Sequence
+from typing import cast
 
-from timm.models.convnext import ConvNeXt
+from timm.models.convnext import ConvNeXt, ConvNeXtStage
 from torch import Tensor
 
 from piip.branches.base import Branch, register_branch
+from piip.errors import SpecError
 from piip.tokens import Tokens
 
 
@@ -20,6 +22,9 @@ class ConvNeXtBranch(Branch):
         widths: Channels of each stage.
         layer_scale: Initial value of the layer scale.
         drop_path: Drop path rate of the last block; it rises linearly from 0 over all blocks.
+
+    Raises:
+        SpecError: `depths` and `widths` are not those of four stages.
     """
 
     family = "convnext"
@@ -28,6 +33,8 @@ class ConvNeXtBranch(Branch):
         self, depths: Sequence[int], widths: Sequence[int], *, layer_scale: float = 1e-6, drop_path: float = 0.0
     ) -> None:
         super().__init__()
+        if len(depths) != 4 or len(widths) != 4:
+            raise SpecError(f"ConvNeXt has 4 stages, got depths {tuple(depths)} and widths {tuple(widths)}")
         network = ConvNeXt(
             depths=tuple(depths),
             dims=tuple(widths),
@@ -49,9 +56,9 @@ class ConvNeXtBranch(Branch):
     def run(self, tokens: Tokens, start: int, stop: int) -> Tokens:
         """Run blocks `start` to `stop - 1`."""
         maps = tokens.to_map()
-        for stage, block in self._order[start:stop]:
-            layer = self.stages[stage].downsample if block < 0 else self.stages[stage].blocks[block]
-            maps = self.call_block(layer, maps)
+        for i, block in self._order[start:stop]:
+            stage = cast(ConvNeXtStage, self.stages[i])
+            maps = self.call_block(stage.downsample if block < 0 else stage.blocks[block], maps)
         return _to_tokens(maps)
 
 

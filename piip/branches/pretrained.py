@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from piip.branches.base import Branch
 from piip.branches.vit import ViTBranch, resize_positions
 from piip.checkpoint import FAMILY_RULES, read_state_dict, rename
 from piip.errors import CheckpointError
@@ -79,19 +80,22 @@ def check_vit(state: Mapping[str, Tensor], branch: ViTBranch) -> None:
         raise CheckpointError(f"{len(missing)} tensors are missing, the first is {missing[0]}")
 
 
-def load_pretrained(branch: ViTBranch, path: str | Path) -> None:
+def load_pretrained(branch: Branch, path: str | Path) -> None:
     """Load a pretrained file into a branch in place.
 
     Args:
         branch: The branch.
-        path: A file as its authors released it, see `piip.checkpoint.read_file`.
+        path: A file as its authors released it, see `piip.checkpoint.read_file`; for other branch types than the ViT
+            a file with the branch's own parameter names.
 
     Raises:
         CheckpointError: The file cannot be read, or is one of another family or size.
     """
     state = read_state_dict(path)
     try:
-        check_vit(state, branch)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path} does not fit the branch: {error}") from None
-    branch.load_state_dict({**branch.state_dict(), **convert_vit(state, branch)})
+        if isinstance(branch, ViTBranch):
+            check_vit(state, branch)
+            state = {**branch.state_dict(), **convert_vit(state, branch)}
+        branch.load_state_dict(state)
+    except (CheckpointError, RuntimeError) as error:
+        raise CheckpointError(f"{path} does not fit the branch: {' '.join(str(error).split())}") from None

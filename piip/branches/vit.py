@@ -131,7 +131,8 @@ class ViTBranch(Branch):
         self.dims = (embed_dim,) * depth
         self.strides = (patch_size,) * depth
         self.patch_size = patch_size
-        self.pos_grid = tuple(pos_grid)
+        rows, columns = pos_grid
+        self.pos_grid = (rows, columns)
         self.pos_prefix = pos_prefix
         self.family = family
         norm_layer = NORMS[norm]
@@ -156,7 +157,7 @@ class ViTBranch(Branch):
                 layer_scale=layer_scale,
                 drop_path=rate,
             )
-            for side, rate in zip(windows, rates)
+            for side, rate in zip(windows, rates, strict=True)
         )
         self._init_weights()
 
@@ -226,8 +227,7 @@ def resize_positions(table: Tensor, source: tuple[int, int], target: tuple[int, 
     if source == target:
         return table
     maps = table.float().transpose(1, 2).unflatten(2, source)
-    with torch.autocast(table.device.type, enabled=False):
-        maps = F.interpolate(maps, size=target, mode="bicubic", align_corners=False)
+    maps = F.interpolate(maps, size=target, mode="bicubic", align_corners=False)
     return maps.flatten(2).transpose(1, 2)
 
 

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mmengine.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.optim import DefaultOptimWrapperConstructor
+from mmengine.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
 from piip.branches.pretrained import load_pretrained
@@ -54,7 +54,9 @@ class PIIPBackbone(DensePyramid):
         if self.pretrained is None:
             return
         folder = Path(os.environ.get("PIIP_PRETRAINED") or self.pretrained)
-        wanted = [(b, folder / s.weights) for b, s in zip(self.pyramid.branches, self.spec.branches) if s.weights]
+        wanted = [
+            (b, folder / s.weights) for b, s in zip(self.pyramid.branches, self.spec.branches, strict=True) if s.weights
+        ]
         if missing := sorted({str(path) for _, path in wanted if not path.is_file()}):
             raise CheckpointError(
                 f"pretrained weights not found: {', '.join(missing)}. Put them there (the README says where each file "

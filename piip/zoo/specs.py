@@ -123,7 +123,7 @@ def resolve_spec(spec: str | PyramidSpec | Mapping[str, Any]) -> PyramidSpec:
 def _with_resolutions(branches: Sequence[BranchSpec], resolutions: Sequence[int]) -> tuple[BranchSpec, ...]:
     if len(resolutions) != len(branches):
         raise SpecError(f"{len(resolutions)} resolutions for {len(branches)} branches: give one per branch")
-    return tuple(replace(b, resolution=r) for b, r in zip(branches, resolutions))
+    return tuple(replace(b, resolution=r) for b, r in zip(branches, resolutions, strict=True))
 
 
 def build_pyramid(spec: PyramidSpec, kernel: str = "auto") -> PIIP:

@@ -1,6 +1,7 @@
 """Deterministic tensors that depend only on a name and a shape (NumPy only)."""
 
 import zlib
+
 import numpy as np
 
 

@@ -104,11 +104,11 @@ def check_model(case: dict, stored: dict) -> dict[str, float]:
     for i, out in enumerate(outputs):
         errors["output"] = max(errors["output"], relative_error(out.detach().numpy(), case, stored, f"out{i}"))
     weights = [torch.from_numpy(seeded_input(f"loss:{case['case']}{i}", out.shape)) for i, out in enumerate(outputs)]
-    sum((out * weight).sum() for out, weight in zip(outputs, weights)).backward()
+    sum((out * weight).sum() for out, weight in zip(outputs, weights, strict=True)).backward()
     errors["input_gradient"] = relative_error(images.grad.numpy(), case, stored, "input_grad")
 
     gradients = to_released(model, {name: p.grad for name, p in model.named_parameters()})
-    expected = dict(zip(case["grad_names"], stored["grad_norms"]))
+    expected = dict(zip(case["grad_names"], stored["grad_norms"], strict=True))
     without = set(case["params_without_grad"])
     assert {name for name, g in gradients.items() if g is None} <= without
     floor = FLOOR * np.nanmax(stored["grad_norms"])

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -205,7 +206,8 @@ def pyramid(case: Mapping[str, Any], task: str, count: int) -> DensePyramid:
         sizes = [min(size, reference) for size in sizes]  # the original never enlarges
     spec = PyramidSpec(
         branches=tuple(
-            BranchSpec(b.arch, size, blocks=b.blocks, options=b.options) for b, size in zip(branches, sizes)
+            BranchSpec(b.arch, size, blocks=b.blocks, options=b.options)
+            for b, size in zip(branches, sizes, strict=True)
         ),
         interactions=len(branches[0].blocks),
         attention={"deform": "deformable", "normal": "regular"}[o["interact_attn_type"]],
@@ -232,7 +234,7 @@ def single(case: Mapping[str, Any], task: str, name: str) -> DensePyramid:
         o.finish()
         branch = create_branch(arch, **options)
         ends = [i + 1 for i in range(branch.depth) if i + 1 == branch.depth or branch.dims[i] != branch.dims[i + 1]]
-        blocks = tuple(stop - start for start, stop in zip([0, *ends], ends))
+        blocks = tuple(stop - start for start, stop in pairwise([0, *ends]))
         return DensePyramid(PyramidSpec((BranchSpec(arch, 1024, blocks=blocks, options=options),)), taps=(0, 1, 2))
     last = o.get("out_indices", [options["depth"] - 1])[-1]
     if last != options["depth"] - 1:

@@ -6,7 +6,8 @@ classes = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
-    # Digits are not mirrored: a flipped two is no two.
+    # Digits are not mirrored: a flipped two is no two. Images are not padded: a norm of constant pixels has gradients
+    # without bound in a network that starts from few or no pretrained weights.
     dict(type="RandomResize", scale=(192, 192), ratio_range=(1.0, 1.3), keep_ratio=True),
     dict(type="RandomCrop", crop_size=(192, 192)),
     dict(type="PackDetInputs"),
@@ -20,6 +21,7 @@ test_pipeline = [
 train_dataloader = dict(
     batch_size=8,
     num_workers=1,
+    persistent_workers=False,
     dataset=dict(
         data_root=data_root,
         ann_file="annotations/instances_train.json",
@@ -31,6 +33,7 @@ train_dataloader = dict(
 )
 val_dataloader = dict(
     num_workers=1,
+    persistent_workers=False,
     dataset=dict(
         data_root=data_root,
         ann_file="annotations/instances_val.json",

@@ -1,4 +1,6 @@
-"""Mask R-CNN, PIIP-TSBL 1344/896/672/448 (DeiT, DeiT III), 1x, 8 GPUs x 2 images. Published: 47.1 box AP, 41.9 mask AP.
+"""Mask R-CNN, PIIP-TSBL 1344/896/672/448 (DeiT, DeiT III), 1x, 8 GPUs x 2 images.
+
+Published: 47.1 box AP, 41.9 mask AP.
 
 sh tools/dist_train.sh configs/piip/4branch/mask_rcnn_deit_tsbl_1344_896_672_448_fpn_1x_coco_bs16.py 8
 """

@@ -1,4 +1,6 @@
-"""Mask R-CNN, PIIP-TSBL 1792/1568/1120/448 (DeiT, DeiT III), 1x, 8 GPUs x 2 images. Published: 49.4 box AP, 44.1 mask AP.
+"""Mask R-CNN, PIIP-TSBL 1792/1568/1120/448 (DeiT, DeiT III), 1x, 8 GPUs x 2 images.
+
+Published: 49.4 box AP, 44.1 mask AP.
 
 sh tools/dist_train.sh configs/piip/4branch/mask_rcnn_deit_tsbl_1792_1568_1120_448_fpn_1x_coco_bs16.py 8
 """
