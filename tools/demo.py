@@ -29,6 +29,7 @@ from mmengine.config import Config
 from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
+from torchvision.ops import box_convert, nms
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from piip.budget import as_run
@@ -68,6 +69,16 @@ def run(title: str, arguments: list[object], environment: dict[str, str], log: P
         sys.exit(f"demo: '{title}' failed, see above and {log}; run the same command again to continue from here")
 
 
+def choose(boxes: list[dict[str, Any]], image_id: int, threshold: float) -> list[int]:
+    """Return which predictions to draw: good ones of the image, one per place (the metric counts them all)."""
+    index = [i for i, box in enumerate(boxes) if box["image_id"] == image_id and box["score"] >= threshold]
+    if not index:
+        return []
+    corners = box_convert(torch.tensor([boxes[i]["bbox"] for i in index]), "xywh", "xyxy")
+    kept = nms(corners, torch.tensor([boxes[i]["score"] for i in index]), iou_threshold=0.5)
+    return [index[i] for i in kept.flip(0)]  # the best one on top
+
+
 def draw(data: Path, predictions: Path, out: Path, threshold: float) -> list[Path]:
     """Draw the predictions for the first held-out images beside the images, and return the pictures' paths.
 
@@ -89,17 +100,17 @@ def draw(data: Path, predictions: Path, out: Path, threshold: float) -> list[Pat
         image = Image.open(data / "val" / info["file_name"]).convert("RGB")
         size = (image.width * ZOOM, image.height * ZOOM)
         plain = torch.from_numpy(np.array(image.resize(size, Image.Resampling.BICUBIC))).permute(2, 0, 1)
-        chosen = [i for i, f in enumerate(found) if f["image_id"] == image_id and f["score"] >= threshold]
+        chosen = choose(boxes, image_id, threshold)
         drawn = plain
         if chosen:
             names = [truth.cats[found[i]["category_id"]]["name"] for i in chosen]
             colours = [palette[found[i]["category_id"] % 10] for i in chosen]
             masks = [Image.fromarray(rle.decode(found[i]["segmentation"])).resize(size) for i in chosen]
             drawn = draw_segmentation_masks(drawn, torch.from_numpy(np.stack(masks)).bool(), alpha=0.45, colors=colours)
-            x, y, w, h = (torch.tensor([boxes[i]["bbox"] for i in chosen]) * ZOOM).unbind(1)
+            corners = box_convert(torch.tensor([boxes[i]["bbox"] for i in chosen]) * ZOOM, "xywh", "xyxy")
             drawn = draw_bounding_boxes(
                 drawn,
-                torch.stack([x, y, x + w, y + h], 1),
+                corners,
                 [f" {name} {found[i]['score']:.2f} " for name, i in zip(names, chosen, strict=True)],
                 colours,
                 width=3,
@@ -161,7 +172,7 @@ def main() -> None:
     data = make_mini_data(layouts=("coco", "imagefolder"), crop_size=32, crops_per_image=10)
     print(f"    {data}")
     lap("data")
-    environment = {"PIIP_DATA": str(data), "PIIP_PRETRAINED": str(pretrained), "PYTHONPATH": str(ROOT)}
+    environment = {"PIIP_DATA": str(data.parent), "PIIP_PRETRAINED": str(pretrained), "PYTHONPATH": str(ROOT)}
     weights = [b["weights"] for b in Config.fromfile(CONFIG).model.backbone.spec.branches]
     if not all((pretrained / name).is_file() for name in weights):
         command = ["tools/pretrain_branches.py", CONFIG, "--data", data / "imagefolder", "--out", pretrained]

@@ -21,13 +21,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    return module.make_mini_data(tmp_path_factory.mktemp("mini"), train=8, val=2)
+    return module.make_mini_data(tmp_path_factory.mktemp("data") / "mini", train=8, val=2)
 
 
 @pytest.fixture
 def config(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch):
     """A function that writes a config based on a mini one; the mini data is where it looks for it."""
-    monkeypatch.setenv("PIIP_DATA", str(data))
+    monkeypatch.setenv("PIIP_DATA", str(data.parent))
 
     def write(base: Path, text: str) -> Path:
         path = tmp_path / "config.py"

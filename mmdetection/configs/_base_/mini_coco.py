@@ -1,7 +1,7 @@
-"""The mini data of `tools/make_mini_data.py` in COCO layout; $PIIP_DATA names the folder that it wrote."""
+"""The mini data of `tools/make_mini_data.py --out data/mini`, COCO layout; $PIIP_DATA replaces `data`."""
 
 _base_ = ["mmdet::_base_/datasets/coco_instance.py"]
-data_root = "{{$PIIP_DATA:data/mini}}/coco/"
+data_root = "{{$PIIP_DATA:data}}/mini/coco/"
 classes = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 train_pipeline = [
     dict(type="LoadImageFromFile"),
