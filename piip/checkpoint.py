@@ -5,6 +5,7 @@ everything else (loading, converting, gradients under released names, layer deca
 """
 
 import argparse
+import math
 import pickle
 import re
 import zipfile
@@ -18,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from piip.attention import SelfAttention, relative_position_index
 from piip.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -48,11 +50,26 @@ SINGLE_RULES = (
     ("fpn.levels.up2.*", "up2.*"),
 )
 INJECTOR_RULES = (("ffn.dwconv.*", "ffn.dwconv.dwconv.*"),)
+LAYER_SCALE_RULES = (
+    ("blocks.{k}.ls1.gamma", "blocks.{k}.gamma_1"),
+    ("blocks.{k}.ls2.gamma", "blocks.{k}.gamma_2"),
+)
 # Inside a branch, by `Branch.family`; a family that is not listed uses the same names.
 FAMILY_RULES = {
-    "deit": (
-        ("blocks.{k}.ls1.gamma", "blocks.{k}.gamma_1"),
-        ("blocks.{k}.ls2.gamma", "blocks.{k}.gamma_2"),
+    "deit": LAYER_SCALE_RULES,
+    "beit": LAYER_SCALE_RULES,
+    "uniperceiver": (
+        ("patch_embed.proj.*", "visual_embed.patch_embed.proj.*"),
+        ("pos_embed", "visual_embed.patch_embed.spatial_pos_embed.weight"),
+        ("time_embed", "visual_embed.patch_embed.temporal_pos_embed.weight"),
+        ("embed_norm.*", "visual_embed.embeddings_norm.*"),
+        ("blocks.{k}.ls1.gamma", "layers.{k}.gamma_1"),
+        ("blocks.{k}.ls2.gamma", "layers.{k}.gamma_2"),
+        ("blocks.{k}.attn.qkv.*", "layers.{k}.self_attn.in_proj.*"),
+        ("blocks.{k}.attn.proj.*", "layers.{k}.self_attn.out_proj.*"),
+        ("blocks.{k}.mlp.fc1.*", "layers.{k}.linear1.*"),
+        ("blocks.{k}.mlp.fc2.*", "layers.{k}.linear2.*"),
+        ("blocks.{k}.*", "layers.{k}.*"),
     ),
     "convnext": (
         ("stem.0.*", "convnext_model.embeddings.patch_embeddings.*"),
@@ -65,6 +82,10 @@ FAMILY_RULES = {
         ("stages.{i}.blocks.{k}.mlp.fc2.*", "convnext_model.encoder.stages.{i}.layers.{k}.pwconv2.*"),
     ),
 }
+
+
+# Released as `(N, C)`, ours is `(1, N, C)`.
+WITHOUT_BATCH_AXIS = "visual_embed.patch_embed.spatial_pos_embed.weight"
 
 
 def rename(name: str, rules: Iterable[tuple[str, str]]) -> str | None:
@@ -105,10 +126,13 @@ def unread_shapes(model: "DensePyramid") -> Shapes:
     branches = model.pyramid.branches
     shapes: Shapes = {}
     for i, branch in enumerate(branches):
+        prefix = "" if len(branches) == 1 else f"branch{i + 1}."
         if getattr(branch, "family", "") == "convnext":  # the classifier's norm
-            prefix = "" if len(branches) == 1 else f"branch{i + 1}."
             for leaf in ("weight", "bias"):
                 shapes[f"{prefix}convnext_model.layernorm.{leaf}"] = (branch.dims[-1],)
+        for name, module in branch.named_modules():
+            if isinstance(module, SelfAttention) and module.rel_pos:  # follows from the window
+                shapes[f"{prefix}{name}.relative_position_index"] = (module.rel_pos**2, module.rel_pos**2)
     # The original's three-branch class builds the scale-4 level for DINO too, and never calls it.
     if len(branches) == 3 and model.scales and 4 not in model.scales:
         dim = model.out_channels[0]
@@ -121,8 +145,23 @@ def unread_shapes(model: "DensePyramid") -> Shapes:
 def released_shapes(model: "DensePyramid") -> Shapes:
     """Return name and shape of every tensor that a released file of this model holds."""
     names = released_names(model)
-    shapes = {names[name]: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    state = model.state_dict()
+    shapes = {names[name]: tuple(_released_form(names[name], tensor).shape) for name, tensor in state.items()}
     return {**shapes, **unread_shapes(model)}
+
+
+def _released_form(released: str, tensor: Tensor) -> Tensor:
+    return tensor.squeeze(0) if released.endswith(WITHOUT_BATCH_AXIS) else tensor
+
+
+def _our_form(released: str, tensor: Tensor) -> Tensor:
+    return tensor.unsqueeze(0) if released.endswith(WITHOUT_BATCH_AXIS) else tensor
+
+
+def _unread_value(name: str, shape: tuple[int, ...]) -> Tensor:
+    if name.endswith(".relative_position_index"):
+        return relative_position_index(math.isqrt(shape[0]))
+    return torch.zeros(shape)
 
 
 def from_released(model: "DensePyramid", state: Mapping[str, Tensor]) -> State:
@@ -133,7 +172,7 @@ def from_released(model: "DensePyramid", state: Mapping[str, Tensor]) -> State:
     """
     check_complete(model, state, released_shapes(model))
     model.unread = {name: state[name] for name in unread_shapes(model)}
-    return {ours: state[released] for ours, released in released_names(model).items()}
+    return {ours: _our_form(released, state[released]) for ours, released in released_names(model).items()}
 
 
 def to_released(model: "DensePyramid", state: Mapping[str, Tensor] | None = None) -> State:
@@ -142,14 +181,17 @@ def to_released(model: "DensePyramid", state: Mapping[str, Tensor] | None = None
     Args:
         model: A `DensePyramid`.
         state: Tensors by our names, for example gradients, some may be missing; the model's own state by default,
-            then completed by the unread tensors (zeros where no released file was loaded).
+            then completed by the unread tensors (where no released file was loaded: index tables by their rule,
+            zeros for parameters).
     """
     names = released_names(model)
+    own = model.state_dict() if state is None else state
+    released = {names[name]: _released_form(names[name], tensor) for name, tensor in own.items()}
     if state is not None:
-        return {names[name]: tensor for name, tensor in state.items()}
+        return released
     kept = getattr(model, "unread", {})
-    unread = {name: kept.get(name, torch.zeros(shape)) for name, shape in unread_shapes(model).items()}
-    return {**{names[name]: tensor for name, tensor in model.state_dict().items()}, **unread}
+    unread = {n: kept[n] if n in kept else _unread_value(n, shape) for n, shape in unread_shapes(model).items()}
+    return {**released, **unread}
 
 
 def register_released_loading(model: "DensePyramid") -> None:
@@ -177,11 +219,16 @@ def check_complete(model: "DensePyramid", state: Mapping[str, Tensor], expected:
     Raises:
         CheckpointError: It does not; the message says which part differs, and why it looks that way.
     """
+    if differences := difference(state, expected):
+        why = _why_it_differs(model, state)
+        raise CheckpointError(f"the checkpoint does not fit this model: {why}{differences}")
+
+
+def difference(state: Mapping[str, Tensor], expected: Shapes) -> str:
+    """Return in words how the names and shapes of a state differ from the expected ones; empty where they do not."""
     missing = [name for name in expected if name not in state]
     unexpected = [name for name in state if name not in expected]
     wrong = [name for name in expected if name in state and tuple(state[name].shape) != expected[name]]
-    if not (missing or unexpected or wrong):
-        return
     parts = []
     if wrong:
         name = wrong[0]
@@ -191,8 +238,7 @@ def check_complete(model: "DensePyramid", state: Mapping[str, Tensor], expected:
         for what, names in (("missing", missing), ("unexpected", unexpected))
         if names
     ]
-    why = _why_it_differs(model, state)
-    raise CheckpointError(f"the checkpoint does not fit this model: {why}{'; '.join(parts)}")
+    return "; ".join(parts)
 
 
 def _why_it_differs(model: "DensePyramid", state: Mapping[str, Tensor]) -> str:
@@ -225,11 +271,19 @@ def _why_it_differs(model: "DensePyramid", state: Mapping[str, Tensor]) -> str:
             text += " (the file's fourth branch is its own network: use the spec without '-as-built')"
         return text + "; "
     depths = [
-        len({m[1] for name in seen[i] if (m := re.match(r"blocks\.(\d+)\.", name))}) or branch.depth
+        len({m[1] for name in seen[i] if (m := re.match(r"(?:blocks|layers)\.(\d+)\.", name))}) or branch.depth
         for i, branch in enumerate(branches)
     ]
     if depths != [branch.depth for branch in branches]:
         return f"the file's branches have {depths} blocks, the spec's {[b.depth for b in branches]}; "
+    for i, branch in enumerate(branches):
+        windows = [m.rel_pos for m in branch.modules() if isinstance(m, SelfAttention) and m.rel_pos]
+        rows = next((len(t) for n, t in seen[i].items() if n.endswith("relative_position_bias_table")), 0)
+        if windows and rows and (2 * windows[0] - 1) ** 2 != rows:
+            return (
+                f"branch {i + 1} of the file has relative position tables for windows of {(math.isqrt(rows) + 1) // 2} "
+                f"tokens, the spec's window is {windows[0]}; "
+            )
     stages = {m[1] for name in state if (m := re.match(r"(?:interactions|pyramid\.stages)\.(\d+)\.", name))}
     if len(stages) != len(model.pyramid.stages):
         return f"the file holds {len(stages)} interactions, the spec {len(model.pyramid.stages)}; "

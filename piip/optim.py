@@ -10,7 +10,7 @@ from piip.checkpoint import released_names
 from piip.models import DensePyramid
 
 EMBEDDING = re.compile(r"pos_embed|cls_token|patch_embed\.|visual_embed\.")
-BLOCK = re.compile(r"blocks\.(\d+)\.")
+BLOCK = re.compile(r"(?:blocks|layers)\.(\d+)\.")
 
 
 class ParamGroup(NamedTuple):
@@ -69,7 +69,7 @@ def layer_decay(model: nn.Module, rate: float, prefix: str = "backbone.") -> dic
     """
     backbone = cast(DensePyramid, model.get_submodule(prefix.rstrip(".")) if prefix else model)
     released = released_names(backbone)
-    depths = [branch.depth if hasattr(branch, "blocks") else 0 for branch in backbone.pyramid.branches]
+    depths = [branch.depth if branch.layer_decay else 0 for branch in backbone.pyramid.branches]
     last = _layers(depths) + 1
     groups = {}
     for name, parameter in model.named_parameters():

@@ -20,11 +20,14 @@ class Branch(nn.Module, ABC):
         dims: Channels of the tokens after each block.
         strides: Input pixels per token after each block.
         grad_checkpointing: Whether blocks recompute their activations in the backward pass.
+        layer_decay: Whether layer-wise learning-rate decay applies to this kind of network, whose parameter names then
+            say the block, see `piip.optim`.
     """
 
     dims: tuple[int, ...]
     strides: tuple[int, ...]
     grad_checkpointing: bool = False
+    layer_decay: bool = False
 
     @property
     def depth(self) -> int:

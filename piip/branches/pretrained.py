@@ -5,24 +5,28 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from piip.branches.base import Branch
+from piip.branches.convnext import ConvNeXtBranch
 from piip.branches.vit import ViTBranch, resize_positions
-from piip.checkpoint import FAMILY_RULES, read_state_dict, rename
+from piip.checkpoint import FAMILY_RULES, LAYER_SCALE_RULES, read_state_dict, rename
 from piip.errors import CheckpointError
 
+TABLE = "attn.relative_position_bias_table"
 # A branch keeps its initial value of these where the file has none.
 OPTIONAL = re.compile(r"blocks\.\d+\.ls[12]\.gamma$")
 
 
 def convert_vit(state: Mapping[str, Tensor], branch: ViTBranch) -> dict[str, Tensor]:
-    """Bring the tensors of a pretrained ViT (DeiT, DeiT III, AugReg, MAE, DINOv2, InternViT) to a branch.
+    """Bring the tensors of a pretrained ViT (any family of `ViTBranch`) to a branch.
 
     The position table is resized (bicubic) from its square grid to the branch's, a leading class-token row being kept
-    or dropped as the branch needs; the patch kernel is resized (bicubic) without rescaling. Tensors of unknown name
+    or dropped as the branch needs; the patch kernel is resized (bicubic) without rescaling. Relative position tables
+    (BEiT) are resized to the branch's windows, one that all blocks share goes to every block. Tensors of unknown name
     are left out; the file may hold a few tensors only, see `check_vit`.
 
     Args:
@@ -33,13 +37,24 @@ def convert_vit(state: Mapping[str, Tensor], branch: ViTBranch) -> dict[str, Ten
         Tensors by the branch's names.
 
     Raises:
-        CheckpointError: The position table has no square grid, or lacks the row that the branch keeps.
+        CheckpointError: A position table has no square grid, or lacks the row that the branch keeps.
     """
-    names = {name: name for name in branch.state_dict()}
-    names.update({released: name for name in names if (released := rename(name, FAMILY_RULES["deit"]))})
+    own = branch.state_dict()
+    names = {name: name for name in own}
+    # Plain families follow timm, except that some name their layer scale as DeiT does.
+    rules = FAMILY_RULES.get(branch.family, LAYER_SCALE_RULES)
+    names.update({released: name for name in own if (released := rename(name, rules))})
+    shared = state.get("rel_pos_bias.relative_position_bias_table")
+    if shared is not None:
+        state = {**state, **{name: shared for name in own if name.endswith(TABLE)}}
     converted = {names[name]: tensor for name, tensor in state.items() if name in names}
-    if "pos_embed" in converted:
-        converted["pos_embed"] = _convert_positions(converted["pos_embed"], branch)
+    if "pos_embed" in converted and branch.pos_grid is not None:
+        table = converted["pos_embed"]
+        table = table.unsqueeze(0) if table.ndim == 2 else table
+        converted["pos_embed"] = _convert_positions(table, branch.pos_grid, branch.pos_prefix)
+    for name, table in converted.items():
+        if name.endswith(TABLE):
+            converted[name] = resize_relative_positions(table, math.isqrt(len(own[name])))
     kernel = converted.get("patch_embed.proj.weight")
     if kernel is not None and kernel.shape[-1] != branch.patch_size:
         size = (branch.patch_size, branch.patch_size)
@@ -48,16 +63,63 @@ def convert_vit(state: Mapping[str, Tensor], branch: ViTBranch) -> dict[str, Ten
     return converted
 
 
-def _convert_positions(table: Tensor, branch: ViTBranch) -> Tensor:
+def _convert_positions(table: Tensor, grid: tuple[int, int], kept_prefix: int) -> Tensor:
     rows = table.shape[1]
     prefix = 0 if math.isqrt(rows) ** 2 == rows else 1
     side = math.isqrt(rows - prefix)
     if side**2 != rows - prefix:
         raise CheckpointError(f"a position table of {rows} rows is no square grid, with or without a class-token row")
-    if branch.pos_prefix > prefix:
+    if kept_prefix > prefix:
         raise CheckpointError(f"a position table of {rows} rows has no class-token row, which this branch type keeps")
-    resized = resize_positions(table[:, prefix:], (side, side), branch.pos_grid).to(table.dtype)
-    return torch.cat([table[:, : branch.pos_prefix], resized], dim=1)
+    resized = resize_positions(table[:, prefix:], (side, side), grid).to(table.dtype)
+    return torch.cat([table[:, :kept_prefix], resized], dim=1)
+
+
+def resize_relative_positions(table: Tensor, side: int) -> Tensor:
+    """Resize a relative position table to another window, as BEiT does.
+
+    Near offsets keep their distance and far ones are stretched: the known offsets are put at 0, 1, 1 + q, 1 + q + q²,
+    ... to both sides, with q such that they reach the ends of the new table, and a cubic spline is read at every whole
+    offset.
+
+    Args:
+        table: `(offsets, heads)`; the offsets are those of a square window (an odd square number), three rows behind
+            them (of pairs with a class token) are dropped.
+        side: Offsets per side of the new table; odd.
+
+    Returns:
+        `(side * side, heads)`.
+
+    Raises:
+        CheckpointError: The table is not of a square window, or SciPy is missing.
+    """
+    for extra in (0, 3):
+        source = math.isqrt(len(table) - extra)
+        if source**2 == len(table) - extra and source % 2:
+            break
+    else:
+        raise CheckpointError(f"a relative position table of {len(table)} rows is of no square window")
+    grids = table[: source**2].T.unflatten(1, (source, source))
+    if source == side:
+        return grids.flatten(1).T
+    try:  # here, because nothing else in the core needs SciPy
+        from scipy.interpolate import RectBivariateSpline
+    except ImportError:
+        raise CheckpointError("resizing a relative position table needs SciPy: pip install scipy") from None
+    reach = source // 2
+    low, high = 1.01, 1.5
+    while high - low > 1e-6:  # a bisection this coarse is part of what the released tables depend on
+        ratio = (low + high) / 2
+        if (1 - ratio**reach) / (1 - ratio) > side // 2:
+            high = ratio
+        else:
+            low = ratio
+    steps = np.cumsum(ratio ** np.arange(reach))
+    known = np.concatenate([-steps[::-1], [0.0], steps])
+    wanted = np.arange(side) - side // 2
+    splines = [RectBivariateSpline(known, known, grid.double().numpy()) for grid in grids]
+    resized = np.stack([spline(wanted, wanted).ravel() for spline in splines], axis=1)
+    return torch.from_numpy(resized).to(table.dtype)
 
 
 def check_vit(state: Mapping[str, Tensor], branch: ViTBranch) -> None:
@@ -70,7 +132,7 @@ def check_vit(state: Mapping[str, Tensor], branch: ViTBranch) -> None:
     known = branch.state_dict()
     missing = [n for n in known if n not in converted and not OPTIONAL.search(n) and n != "cls_token"]
     wrong = [n for n, t in converted.items() if t.shape != known[n].shape]
-    depth = len({m[1] for n in state if (m := re.match(r"blocks\.(\d+)\.", n))})
+    depth = len({m[1] for n in state if (m := re.match(r"(?:blocks|layers)\.(\d+)\.", n))})
     if wrong:
         name = wrong[0]
         raise CheckpointError(f"{name} is {tuple(converted[name].shape)}, the branch's {tuple(known[name].shape)}")
@@ -80,13 +142,28 @@ def check_vit(state: Mapping[str, Tensor], branch: ViTBranch) -> None:
         raise CheckpointError(f"{len(missing)} tensors are missing, the first is {missing[0]}")
 
 
+def convert_convnext(state: Mapping[str, Tensor], branch: ConvNeXtBranch) -> dict[str, Tensor]:
+    """Bring the tensors of a Hugging Face ConvNeXt to a branch; its final norm and head are left out.
+
+    Args:
+        state: Tensors by the file's names.
+        branch: The branch they are meant for.
+
+    Returns:
+        Tensors by the branch's names; empty where the file is no such model.
+    """
+    names = {rename(name, FAMILY_RULES["convnext"]): name for name in branch.state_dict()}
+    given = {re.sub(r"^convnext\.", "convnext_model.", name): tensor for name, tensor in state.items()}
+    return {names[name]: tensor for name, tensor in given.items() if name in names}
+
+
 def load_pretrained(branch: Branch, path: str | Path) -> None:
     """Load a pretrained file into a branch in place.
 
     Args:
         branch: The branch.
-        path: A file as its authors released it, see `piip.checkpoint.read_file`; for other branch types than the ViT
-            a file with the branch's own parameter names.
+        path: A file as its authors released it, see `piip.checkpoint.read_file`, or one with the branch's own
+            parameter names, which other branch types than ViT and ConvNeXt need.
 
     Raises:
         CheckpointError: The file cannot be read, or is one of another family or size.
@@ -96,6 +173,8 @@ def load_pretrained(branch: Branch, path: str | Path) -> None:
         if isinstance(branch, ViTBranch):
             check_vit(state, branch)
             state = {**branch.state_dict(), **convert_vit(state, branch)}
+        elif isinstance(branch, ConvNeXtBranch):
+            state = convert_convnext(state, branch) or state
         branch.load_state_dict(state)
     except (CheckpointError, RuntimeError) as error:
         raise CheckpointError(f"{path} does not fit the branch: {' '.join(str(error).split())}") from None

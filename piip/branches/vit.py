@@ -1,5 +1,9 @@
-"""One plain vision transformer for every pretrained family: DeiT, DeiT III, AugReg, MAE, DINOv2, InternViT-6B."""
+"""One plain vision transformer for every pretrained family.
 
+DeiT, DeiT III, AugReg, MAE, DINOv2, BEiT(v2), Uni-Perceiver, InternViT-6B.
+"""
+
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -8,7 +12,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, LayerScale, Mlp, PatchEmbed, RmsNorm, get_act_layer, trunc_normal_
 from torch import Tensor, nn
 
-from piip.attention import SelfAttention, WindowPad
+from piip.attention import QkvBias, SelfAttention, WindowPad
 from piip.branches.base import Branch, register_branch
 from piip.errors import SpecError, unknown
 from piip.tokens import Tokens
@@ -25,6 +29,7 @@ class ViTBlock(nn.Module):
         dim: Channels.
         attn: The self-attention.
         norm: Norm layer class.
+        norm_eps: Its epsilon.
         mlp_ratio: Hidden channels of the MLP as a multiple of `dim`.
         act: Activation of the MLP: `gelu` (exact), `gelu_tanh` or `quick_gelu`.
         layer_scale: Initial value of the layer scale, None for none.
@@ -37,6 +42,7 @@ class ViTBlock(nn.Module):
         attn: SelfAttention,
         *,
         norm: type[nn.Module] = nn.LayerNorm,
+        norm_eps: float = 1e-6,
         mlp_ratio: float = 4.0,
         act: str = "gelu",
         layer_scale: float | None = None,
@@ -47,11 +53,11 @@ class ViTBlock(nn.Module):
         def residual_scale() -> nn.Module:
             return nn.Identity() if layer_scale is None else LayerScale(dim, init_values=layer_scale)
 
-        self.norm1 = norm(dim, eps=1e-6)
+        self.norm1 = norm(dim, eps=norm_eps)
         self.attn = attn
         self.ls1 = residual_scale()
         self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()
-        self.norm2 = norm(dim, eps=1e-6)
+        self.norm2 = norm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=get_act_layer(act))
         self.ls2 = residual_scale()
         self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
@@ -74,13 +80,19 @@ class ViTBranch(Branch):
         num_heads: Attention heads.
         patch_size: Side of a patch in pixels.
         mlp_ratio: Hidden channels of the MLP as a multiple of `embed_dim`.
-        qkv_bias: Whether the q/k/v projection has a bias.
+        qkv_bias: Whether the q/k/v projection has a bias; `q_and_v` gives q and v one, and k none (BEiT).
         qk_norm: Whether q and k are normalised over all channels (with `norm`'s class).
         norm: `layernorm` or `rmsnorm`.
+        norm_eps: Epsilon of the norms.
         layer_scale: Initial value of the layer scale, None for none.
         act: `gelu` (exact), `gelu_tanh` or `quick_gelu`.
-        pos_grid: `(H, W)` of the position table; it is resized (bicubic) to the grid of the image.
+        pos_grid: `(H, W)` of the position table, resized (bicubic) to the grid of the image; None for no table.
         pos_prefix: Rows of the position table in front of the grid (one for a class token).
+        time_steps: Rows of a table of time steps (Uni-Perceiver, which is trained on videos too); an image is step 0.
+            0 for no table.
+        embed_norm: Whether embedded tokens are normalised before the first block.
+        rel_pos: Relative position bias of every block: `window` learns it for the block's window, a number of tokens
+            for windows of that side; None for none.
         class_token: Whether a class token travels along (as `Tokens.prefix`).
         window: Window side in tokens for every block; or one entry per block, None for global; or None: all global.
         global_every: With one window side: every n-th block attends globally (3: blocks 3, 6, ...); 0 for none.
@@ -93,6 +105,8 @@ class ViTBranch(Branch):
         SpecError: An option has an unknown value or does not fit the depth.
     """
 
+    layer_decay = True
+
     def __init__(
         self,
         embed_dim: int,
@@ -101,13 +115,17 @@ class ViTBranch(Branch):
         *,
         patch_size: int = 16,
         mlp_ratio: float = 4.0,
-        qkv_bias: bool = True,
+        qkv_bias: QkvBias = True,
         qk_norm: bool = False,
         norm: str = "layernorm",
+        norm_eps: float = 1e-6,
         layer_scale: float | None = None,
         act: str = "gelu",
-        pos_grid: tuple[int, int] = (14, 14),
+        pos_grid: tuple[int, int] | None = (14, 14),
         pos_prefix: int = 0,
+        time_steps: int = 0,
+        embed_norm: bool = False,
+        rel_pos: int | Literal["window"] | None = None,
         class_token: bool = False,
         window: Windows = None,
         global_every: int = 0,
@@ -126,19 +144,28 @@ class ViTBranch(Branch):
         if drop_path_rule not in ("linear", "constant"):
             raise SpecError(unknown("drop_path_rule", drop_path_rule, ("linear", "constant")))
         windows = windows_per_block(window, depth, global_every)
+        tables = tables_per_block(rel_pos, windows)
+        if qkv_bias not in (True, False, "q_and_v"):
+            raise SpecError(unknown("qkv_bias", qkv_bias, ("True", "False", "q_and_v")))
+        if pos_grid is None and pos_prefix:
+            raise SpecError("pos_prefix counts rows of a position table: leave it out, or give pos_grid")
+        if class_token and rel_pos:
+            raise SpecError("a relative position bias has no rows for a class token: leave out rel_pos or class_token")
         if class_token and any(windows):
             raise SpecError("a branch with a class token attends globally: leave out window or class_token")
         self.dims = (embed_dim,) * depth
         self.strides = (patch_size,) * depth
         self.patch_size = patch_size
-        rows, columns = pos_grid
-        self.pos_grid = (rows, columns)
+        self.pos_grid = None if pos_grid is None else (pos_grid[0], pos_grid[1])
         self.pos_prefix = pos_prefix
         self.family = family
         norm_layer = NORMS[norm]
         self.patch_embed = PatchEmbed(None, patch_size, embed_dim=embed_dim, flatten=False)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
-        self.pos_embed = nn.Parameter(torch.zeros(1, pos_prefix + self.pos_grid[0] * self.pos_grid[1], embed_dim))
+        rows = pos_prefix + math.prod(pos_grid) if pos_grid else 0
+        self.pos_embed = nn.Parameter(torch.zeros(1, rows, embed_dim)) if rows else None
+        self.time_embed = nn.Parameter(torch.zeros(time_steps, embed_dim)) if time_steps else None
+        self.embed_norm = norm_layer(embed_dim, eps=norm_eps) if embed_norm else nn.Identity()
         rates = [drop_path if drop_path_rule == "constant" else drop_path * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(
             ViTBlock(
@@ -150,19 +177,23 @@ class ViTBranch(Branch):
                     qk_norm=norm_layer if qk_norm else None,
                     window=side,
                     window_pad=window_pad,
+                    rel_pos=table,
                 ),
                 norm=norm_layer,
+                norm_eps=norm_eps,
                 mlp_ratio=mlp_ratio,
                 act=act,
                 layer_scale=layer_scale,
                 drop_path=rate,
             )
-            for side, rate in zip(windows, rates, strict=True)
+            for side, table, rate in zip(windows, tables, rates, strict=True)
         )
         self._init_weights()
 
     def _init_weights(self) -> None:
-        trunc_normal_(self.pos_embed, std=0.02)
+        for table in (self.pos_embed, self.time_embed):
+            if table is not None:
+                trunc_normal_(table, std=0.02)
         if self.cls_token is not None:
             nn.init.normal_(self.cls_token, std=1e-6)
         for module in self.blocks.modules():
@@ -182,14 +213,19 @@ class ViTBranch(Branch):
             raise ValueError(f"an image of {height} x {width} pixels holds no patch of {self.patch_size} pixels")
         maps = self.patch_embed(images)
         grid = (maps.shape[-2], maps.shape[-1])
-        x = maps.flatten(2).transpose(1, 2) + self._positions(grid).to(maps.dtype)
+        x = maps.flatten(2).transpose(1, 2)
+        if self.pos_embed is not None and self.pos_grid is not None:
+            positions = self.pos_embed[:, self.pos_prefix :]
+            x = x + resize_positions(positions, self.pos_grid, grid).to(maps.dtype)
+        if self.time_embed is not None:
+            x = x + self.time_embed[0].to(maps.dtype)
+        x = self.embed_norm(x)
         if self.cls_token is None:
             return Tokens(x, grid)
-        prefix = self.cls_token + self.pos_embed[:, :1] if self.pos_prefix else self.cls_token
-        return Tokens(x, grid, prefix.to(maps.dtype).expand(len(x), -1, -1))
-
-    def _positions(self, grid: tuple[int, int]) -> Tensor:
-        return resize_positions(self.pos_embed[:, self.pos_prefix :], self.pos_grid, grid)
+        prefix = self.cls_token.to(maps.dtype)
+        if self.pos_embed is not None and self.pos_prefix:
+            prefix = prefix + self.pos_embed[:, :1].to(maps.dtype)
+        return Tokens(x, grid, self.embed_norm(prefix).expand(len(x), -1, -1))
 
     def run(self, tokens: Tokens, start: int, stop: int) -> Tokens:
         """Run blocks `start` to `stop - 1`; class tokens take part in the attention."""
@@ -222,6 +258,35 @@ def windows_per_block(window: Windows, depth: int, global_every: int = 0) -> lis
     return windows
 
 
+def tables_per_block(rel_pos: int | str | None, windows: Sequence[int | None]) -> list[int | None]:
+    """Return the side of every block's relative position table in tokens, None for no table.
+
+    Args:
+        rel_pos: See `ViTBranch`.
+        windows: Window side of every block, None for global.
+
+    Raises:
+        SpecError: A table does not fit the window of its block, or a global block leaves its size open.
+    """
+    if rel_pos is None:
+        return [None] * len(windows)
+    if rel_pos == "window":
+        if None in windows:
+            raise SpecError(
+                f"block {windows.index(None) + 1} attends globally and has no window to take the size of its relative "
+                "position table from: give every block a window, or rel_pos the size in tokens"
+            )
+        return list(windows)
+    if not isinstance(rel_pos, int) or rel_pos < 1:
+        raise SpecError(f"rel_pos is 'window' or a number of tokens, got {rel_pos!r}")
+    if wrong := [side for side in windows if side not in (None, rel_pos)]:
+        raise SpecError(
+            f"window {wrong[0]} does not fit a relative position table for windows of {rel_pos} tokens: "
+            "use the same number for both"
+        )
+    return [rel_pos] * len(windows)
+
+
 def resize_positions(table: Tensor, source: tuple[int, int], target: tuple[int, int]) -> Tensor:
     """Resize a position table `(1, H*W, C)` from grid `source` to grid `target`: bicubic, in float32."""
     if source == target:
@@ -237,12 +302,19 @@ _DEIT = {"family": "deit", "layer_scale": 1.0, "drop_path_rule": "constant"}
 _PLAIN = {"family": "vit", "layer_scale": 1.0, "pos_prefix": 1}
 _SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
 
+# BEiT and BEiTv2: no position table, but a relative position bias learned for the window.
+_BEIT = {"family": "beit", "layer_scale": 1e-6, "pos_grid": None, "rel_pos": "window", "qkv_bias": "q_and_v"}
+_UNIPERCEIVER = {"family": "uniperceiver", "layer_scale": 0.0, "time_steps": 8, "embed_norm": True, "norm_eps": 1e-5}
+
 register_branch("vit")(ViTBranch)
 for _size, (_dim, _depth, _heads) in {**_SIZES, "huge": (1280, 32, 16)}.items():
     _shape = {"embed_dim": _dim, "depth": _depth, "num_heads": _heads}
     register_branch(f"vit_{_size}", **_shape, **_PLAIN)(ViTBranch)
     if _size in _SIZES:
         register_branch(f"deit_{_size}", **_shape, **_DEIT)(ViTBranch)
+    if _size in ("base", "large"):
+        register_branch(f"beit_{_size}", **_shape, **_BEIT)(ViTBranch)
+        register_branch(f"uniperceiver_{_size}", **_shape, **_UNIPERCEIVER)(ViTBranch)
 register_branch(
     "internvit_6b",
     embed_dim=3200,

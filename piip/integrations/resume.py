@@ -10,10 +10,15 @@ random state. Here, three rules make a run independent of where it was interrupt
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import os
 import random
-from collections.abc import Iterator, Mapping
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -172,6 +177,21 @@ def _resumable(dataloader: dict[str, Any], seed: int, endless: bool) -> dict[str
     return loader
 
 
+def _end_with_parent(parent: int, then: Callable[[int], None] | None, worker: int) -> None:
+    """Let a worker process end when the training process is killed, then initialise it.
+
+    A worker notices by itself that its parent is gone, but cannot end while a batch that nobody will read waits in its
+    pipe: it would stay behind, with its memory.
+    """
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+        if os.getppid() != parent:  # killed before the line above
+            os._exit(1)
+    if then is not None:
+        then(worker)
+
+
 def _settle(loop: BaseLoop) -> None:
     """Check the loop's data loader and separate its randomness from the model's."""
     if len(loop.dataloader) == 0:
@@ -181,6 +201,7 @@ def _settle(loop: BaseLoop) -> None:
         )
     # Without a generator of its own, a loader draws one number from the model's each time it is iterated.
     loop.dataloader.generator = torch.Generator()
+    loop.dataloader.worker_init_fn = partial(_end_with_parent, os.getpid(), loop.dataloader.worker_init_fn)
 
 
 @LOOPS.register_module()

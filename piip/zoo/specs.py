@@ -1,6 +1,6 @@
 """Pyramids as data: what a row of the paper's tables consists of, and the rows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -177,38 +177,134 @@ def as_built(spec: PyramidSpec) -> PyramidSpec:
     return replace(spec, branches=(*spec.branches[:-1], replace(third, resolution=last.resolution)))
 
 
+# The branches of every family, by the paper's letter for their size.
 _DEIT = {
     "t": BranchSpec("deit_tiny", 0, weights="deit_tiny_patch16_224-a1311bcf.pth", drop_path=0.05),
     "s": BranchSpec("deit_small", 0, weights="deit_3_small_224_21k.pth", drop_path=0.05),
     "b": BranchSpec("deit_base", 0, weights="deit_3_base_224_21k.pth", drop_path=0.15),
     "l": BranchSpec("deit_large", 0, weights="deit_3_large_224_21k.pth", drop_path=0.4),
 }
+_GRID_384 = {"pos_grid": (24, 24)}
+_DEIT_384 = {
+    "s": replace(_DEIT["s"], weights="deit_3_small_384_21k.pth", options=_GRID_384),
+    "b": replace(_DEIT["b"], weights="deit_3_base_384_21k.pth", options=_GRID_384),
+    "l": replace(_DEIT["l"], weights="deit_3_large_384_21k.pth", options=_GRID_384),
+}
+_AUGREG_S = "S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.03-res_384.pth"
+_AUGREG_B = "B_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0--imagenet2012-steps_20k-lr_0.01-res_384.pth"
+_AUGREG_L = "L_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.1-sd_0.1--imagenet2012-steps_20k-lr_0.01-res_384.pth"
+_AUGREG = {
+    "s": BranchSpec("vit_small", 0, weights=_AUGREG_S, drop_path=0.2, options=_GRID_384),
+    "b": BranchSpec("vit_base", 0, weights=_AUGREG_B, drop_path=0.3, options=_GRID_384),
+    "l": BranchSpec("vit_large", 0, weights=_AUGREG_L, drop_path=0.4, options=_GRID_384),
+}
+_GRID_512 = {"pos_grid": (32, 32)}
+_DINOV2 = {
+    "s": BranchSpec("vit_small", 0, weights="dinov2_vits14_pretrain.pth", drop_path=0.2, options=_GRID_512),
+    "b": BranchSpec("vit_base", 0, weights="dinov2_vitb14_pretrain.pth", drop_path=0.3, options=_GRID_512),
+    "l": BranchSpec("vit_large", 0, weights="dinov2_vitl14_pretrain.pth", drop_path=0.4, options=_GRID_512),
+}
+_MAE = {
+    "s": _DEIT["s"],
+    "b": BranchSpec("vit_base", 0, weights="mae_pretrain_vit_base.pth", drop_path=0.15),
+    "l": BranchSpec("vit_large", 0, weights="mae_pretrain_vit_large.pth", drop_path=0.4),
+}
+_BEITV2 = {
+    "s": _DEIT["s"],
+    "b": BranchSpec("beit_base", 0, weights="beitv2_base_patch16_224_pt1k_ft21k.pth", drop_path=0.15),
+    "l": BranchSpec("beit_large", 0, weights="beitv2_large_patch16_224_pt1k_ft21k.pth", drop_path=0.4),
+}
+_UNI_B = "uni-perceiver-base-L12-H768-224size-torch-pretrained_converted.pth"
+_UNI_L = "uni-perceiver-large-L24-H1024-224size-pretrained_converted.pth"
+_UNIPERCEIVER = {
+    "s": _DEIT["s"],
+    "b": BranchSpec("uniperceiver_base", 0, weights=_UNI_B, drop_path=0.15),
+    "l": BranchSpec("uniperceiver_large", 0, weights=_UNI_L, drop_path=0.4),
+}
+# InternViT-6B (6), MAE (h) and DeiT III (l).
+_INTERNVIT = {
+    "6": BranchSpec("internvit_6b", 0, weights="intern_vit_6b_224px.pth", drop_path=0.4),
+    "h": BranchSpec("vit_huge", 0, weights="mae_pretrain_vit_huge.pth", drop_path=0.4),
+    "l": _DEIT_384["l"],
+}
+# ConvNeXt's blocks per stage for 12 interactions, down-sampling layers included: one group for each of the first,
+# second and last resolution, nine for the third.
+CONVNEXT_21 = (3, 4, 2, 1, 1, 1, 1, 1, 1, 1, 1, 4)
+CONVNEXT_39 = (3, 4, 4, 3, 3, 3, 3, 3, 3, 3, 3, 4)
+# As Hugging Face's repositories name it, one folder per model.
+_HF_FILE = "convnext-{}-224/pytorch_model.bin"
+_HYBRID = {
+    "vt": replace(_DEIT["t"], window=14),
+    "vs": replace(_DEIT["s"], window=14),
+    "vb": replace(_DEIT["b"], window=14),
+    "ct": BranchSpec("convnext_tiny", 0, weights=_HF_FILE.format("tiny"), drop_path=0.3, blocks=CONVNEXT_21),
+    "cs": BranchSpec("convnext_small", 0, weights=_HF_FILE.format("small"), drop_path=0.3, blocks=CONVNEXT_39),
+    "cb": BranchSpec("convnext_base", 0, weights=_HF_FILE.format("base"), drop_path=0.4, blocks=CONVNEXT_39),
+}
+# As a baseline: one group per resolution.
+_CONVNEXT_B = BranchSpec("convnext_base", 1024, weights=_HF_FILE.format("base"), blocks=(3, 4, 28, 4))
 
 
-def _deit(letters: str, *resolutions: int, window: int, global_every: int = 0) -> PyramidSpec:
-    """A pyramid of DeiT branches; letters and resolutions in the paper's order, the largest image first."""
-    branches = [
-        replace(_DEIT[letter], resolution=resolution, window=window, global_every=global_every)
-        for letter, resolution in zip(letters, resolutions, strict=True)
-    ]
-    return PyramidSpec(tuple(reversed(branches)))
+def _row(
+    family: Mapping[str, BranchSpec],
+    letters: Iterable[str],
+    *resolutions: int,
+    window: int | None = None,
+    global_every: int = 0,
+    **options: Any,
+) -> PyramidSpec:
+    """A pyramid of a family; letters and resolutions in the paper's order, the largest image first."""
+    settings: dict[str, Any] = {"global_every": global_every, **({"window": window} if window else {})}
+    pairs = zip(letters, resolutions, strict=True)
+    branches = [replace(family[letter], resolution=resolution, **settings) for letter, resolution in pairs]
+    return PyramidSpec(tuple(reversed(branches)), **options)
+
+
+def _speedup(spec: PyramidSpec) -> PyramidSpec:
+    """The paper's faster form: interactions without projections and norms, MLPs with the tanh form of GELU."""
+    branches = tuple(replace(b, options={**b.options, "act": "gelu_tanh"}) for b in spec.branches)
+    return replace(spec, branches=branches, proj=False, norm=False)
 
 
 SPECS: dict[str, PyramidSpec] = {
     # COCO, Mask R-CNN 1x: ViTDet baselines with every third block global, pyramids windowed throughout
-    "deit3-b-1024": _deit("b", 1024, window=14, global_every=3),
-    "deit3-l-1024": _deit("l", 1024, window=14, global_every=3),
-    "deit3-tsb-1120-896-448": _deit("tsb", 1120, 896, 448, window=14),
-    "deit3-tsb-1568-896-448": _deit("tsb", 1568, 896, 448, window=14),
-    "deit3-tsb-1568-1120-672": _deit("tsb", 1568, 1120, 672, window=14),
-    "deit3-sbl-1120-672-448": _deit("sbl", 1120, 672, 448, window=28),
-    "deit3-sbl-1344-896-448": _deit("sbl", 1344, 896, 448, window=28),
-    "deit3-sbl-1568-896-672": _deit("sbl", 1568, 896, 672, window=28),
-    "deit3-sbl-1568-1120-672": _deit("sbl", 1568, 1120, 672, window=28),
-    "deit3-tsbl-1344-896-672-448": _deit("tsbl", 1344, 896, 672, 448, window=28),
-    "deit3-tsbl-1568-1120-672-448": _deit("tsbl", 1568, 1120, 672, 448, window=28),
-    "deit3-tsbl-1792-1568-1120-448": _deit("tsbl", 1792, 1568, 1120, 448, window=28),
+    "deit3-b-1024": _row(_DEIT, "b", 1024, window=14, global_every=3),
+    "deit3-l-1024": _row(_DEIT, "l", 1024, window=14, global_every=3),
+    "deit3-tsb-1120-896-448": _row(_DEIT, "tsb", 1120, 896, 448, window=14),
+    "deit3-tsb-1568-896-448": _row(_DEIT, "tsb", 1568, 896, 448, window=14),
+    "deit3-tsb-1568-1120-672": _row(_DEIT, "tsb", 1568, 1120, 672, window=14),
+    "deit3-sbl-1120-672-448": _row(_DEIT, "sbl", 1120, 672, 448, window=28),
+    "deit3-sbl-1344-896-448": _row(_DEIT, "sbl", 1344, 896, 448, window=28),
+    "deit3-sbl-1568-896-672": _row(_DEIT, "sbl", 1568, 896, 672, window=28),
+    "deit3-sbl-1568-1120-672": _row(_DEIT, "sbl", 1568, 1120, 672, window=28),
+    "deit3-tsbl-1344-896-672-448": _row(_DEIT, "tsbl", 1344, 896, 672, 448, window=28),
+    "deit3-tsbl-1568-1120-672-448": _row(_DEIT, "tsbl", 1568, 1120, 672, 448, window=28),
+    "deit3-tsbl-1792-1568-1120-448": _row(_DEIT, "tsbl", 1792, 1568, 1120, 448, window=28),
+    # other pretraining; MAE, BEiTv2 and Uni-Perceiver have no small model, its place takes DeiT III's
+    "augreg-sbl-1568-1120-672": _row(_AUGREG, "sbl", 1568, 1120, 672, window=28),
+    "mae-sbl-1568-1120-672": _row(_MAE, "sbl", 1568, 1120, 672, window=28),
+    "dinov2-sbl-1568-1120-672": _row(_DINOV2, "sbl", 1568, 1120, 672, window=28),
+    "beitv2-sbl-1568-1120-672": _row(_BEITV2, "sbl", 1568, 1120, 672, window=28),
+    "uniperceiver-sbl-1568-1120-672": _row(_UNIPERCEIVER, "sbl", 1568, 1120, 672, window=28),
+    # six billion parameters, all attention global
+    "internvit-6b-1024": _row(_INTERNVIT, "6", 1024),
+    "internvit-h6b-1024-512": _row(_INTERNVIT, "h6", 1024, 512),
+    "internvit-lh6b-1536-1024-512": _speedup(_row(_INTERNVIT, "lh6", 1536, 1024, 512, interactions=4)),
+    # COCO, DINO
+    "deit3-384-sbl-1792-1120-672": _row(_DEIT_384, "sbl", 1792, 1120, 672, window=24, global_every=3),
+    "internvit-h6b-1024-768": _row(_INTERNVIT, "h6", 1024, 768),
+    # COCO, Mask R-CNN 1x: ConvNeXt (c) and DeiT (v), with a regular FPN
+    "convnext-b-1024": PyramidSpec((_CONVNEXT_B,)),
+    "ct-cs-cb-1024-672-448": _row(_HYBRID, ("ct", "cs", "cb"), 1024, 672, 448),
+    "ct-vs-vb-1024-672-448": _row(_HYBRID, ("ct", "vs", "vb"), 1024, 672, 448),
+    "ct-cs-vb-1024-672-448": _row(_HYBRID, ("ct", "cs", "vb"), 1024, 672, 448),
+    "ct-vs-cb-1024-672-448": _row(_HYBRID, ("ct", "vs", "cb"), 1024, 672, 448),
+    "vt-cs-vb-1024-672-448": _row(_HYBRID, ("vt", "cs", "vb"), 1024, 672, 448),
+    "vt-cs-cb-1024-672-448": _row(_HYBRID, ("vt", "cs", "cb"), 1024, 672, 448),
+    "vt-vs-cb-1024-672-448": _row(_HYBRID, ("vt", "vs", "cb"), 1024, 672, 448),
 }
+for _name in ("augreg-sbl-1568-1120-672", "internvit-h6b-1024-512"):
+    SPECS[f"{_name}-speedup"] = _speedup(SPECS[_name])
 SPECS.update({f"{name}-as-built": as_built(spec) for name, spec in list(SPECS.items()) if len(spec.branches) == 4})
 
 

@@ -18,6 +18,9 @@ SMALL = {
     "convnext": {"depths": (1, 2, 1, 1), "widths": (8, 16, 24, 32), "layer_scale": 0.5},
 }
 SMALL["deit"] = SMALL["internvit"] = SMALL["vit"]
+# Layer scales near zero would hide the gradients behind them.
+SMALL["uniperceiver"] = {**SMALL["vit"], "layer_scale": 0.5}
+SMALL["beit"] = {"embed_dim": 32, "depth": 3, "num_heads": 2, "patch_size": 8, "window": 3, "layer_scale": 0.5}
 # Options of a type that its name does not show.
 VARIANTS = [
     ("vit", {"window": 3, "layer_scale": 0.5}),
@@ -171,6 +174,32 @@ def test_a_block_is_timm_s():
     torch.testing.assert_close(branch.eval().run(Tokens(x, (3, 4)), 0, 1).x, block(x))
 
 
+def test_relative_position_bias_is_added_to_the_logits():
+    branch = build("beit_base", {"window": 2, "depth": 1}).eval()
+    attention = branch.blocks[0].attn
+    for parameter in attention.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(1, 4, 32)
+    q, k, v = (attention.qkv.weight @ x[0].T).T.chunk(3, dim=-1)
+    heads = []
+    for h in range(2):
+        part = slice(16 * h, 16 * h + 16)
+        logits = (q + attention.q_bias)[:, part] @ k[:, part].T / 4
+        for i in range(4):
+            for j in range(4):
+                down, right = i // 2 - j // 2, i % 2 - j % 2
+                logits[i, j] += attention.relative_position_bias_table[3 * (down + 1) + right + 1, h]
+        heads.append(logits.softmax(-1) @ (v + attention.v_bias)[:, part])
+    torch.testing.assert_close(attention(x, (2, 2))[0], attention.proj(torch.cat(heads, dim=1)))
+
+
+def test_a_global_block_needs_a_grid_of_its_relative_position_table():
+    branch = build("beit_base", {"window": None, "rel_pos": 3})
+    branch.run(branch.embed(torch.randn(1, 3, 24, 24)), 0, 1)
+    with pytest.raises(ValueError, match="table for 3 x 3 tokens does not fit a global block on 3 x 4 tokens"):
+        branch.run(branch.embed(torch.randn(1, 3, 24, 32)), 0, 1)
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -182,6 +211,12 @@ def test_a_block_is_timm_s():
         ({"window": 0}, "a window is at least one token"),
         ({"window": (7, 7, 7), "global_every": 2}, "global_every goes with one window side"),
         ({"window": 7, "class_token": True}, "leave out window or class_token"),
+        ({"window": 7, "rel_pos": 14}, "window 7 does not fit a relative position table for windows of 14 tokens"),
+        ({"window": (7, 7, None), "rel_pos": "window"}, "block 3 attends globally and has no window"),
+        ({"rel_pos": "table"}, "rel_pos is 'window' or a number of tokens, got 'table'"),
+        ({"rel_pos": 4, "class_token": True}, "leave out rel_pos or class_token"),
+        ({"pos_grid": None, "pos_prefix": 1}, "pos_prefix counts rows of a position table"),
+        ({"qkv_bias": "k"}, "unknown qkv_bias 'k'.*q_and_v"),
         ({"num_heads": 5}, "embed_dim 32 is not a multiple of num_heads 5"),
         ({"windows": 7}, r"unknown option of branch type 'vit' 'windows' \(did you mean window"),
     ],

@@ -31,6 +31,7 @@ from piip.errors import CheckpointError
 
 DIMS = (32, 16, 16, 8)
 VIT = {"depth": 2, "num_heads": 2, "patch_size": 8, "pos_grid": (4, 4), "layer_scale": 1.0}
+BEIT = {"family": "beit", "pos_grid": None, "rel_pos": "window", "qkv_bias": "q_and_v", "window": 3}
 CONVNEXT = {"depths": (1, 1, 1, 1), "widths": (32, 32, 32, 64)}
 
 
@@ -59,6 +60,8 @@ def same(a: dict, b: dict) -> bool:
 MODELS = {
     "one branch": lambda: build(1),
     "two branches, DeiT names": lambda: build(2, family="deit"),
+    "two branches, BEiT names": lambda: build(2, **BEIT),
+    "two branches, Uni-Perceiver names": lambda: build(2, family="uniperceiver", time_steps=3, embed_norm=True),
     "three branches": lambda: build(3, pos_prefix=1),
     "three branches for DINO": lambda: build(3, scales=(2, 1, 0.5)),
     "two branches for DINO": lambda: build(2, scales=(2, 1, 0.5)),
@@ -233,6 +236,7 @@ AS_BUILT = {"count": 4, "dims": (32, 16, 16, 16)}
             r"the file's branches are \[64, 16, 16\] channels wide, the spec's \[32, 16, 16\]",
         ),
         ({}, {"depth": 3}, r"the file's branches have \[3, 3, 3\] blocks, the spec's \[2, 2, 2\]"),
+        (BEIT, {**BEIT, "window": 2}, "relative position tables for windows of 2 tokens, the spec's window is 3"),
         ({}, {"interactions": 1}, "the file holds 1 interactions, the spec 2"),
         ({}, {"mlp_ratio": 2}, r"branch1.blocks.0.mlp.fc1.weight is \(64, 32\), expected \(128, 32\)"),
         ({}, {"scales": (2, 1)}, "^(?!.*the spec).*missing"),
@@ -483,6 +487,44 @@ def test_a_class_token_row_that_the_file_lacks(tmp_path):
 def test_a_pretrained_file_that_is_not_there(tmp_path):
     with pytest.raises(CheckpointError, match="there is no checkpoint at"):
         load_pretrained(branch(), tmp_path / "a.pth")
+
+
+def test_relative_position_tables_are_resized_to_the_branch_s_window(tmp_path):
+    options = {**VIT, **BEIT, "embed_dim": 32}
+    donor = create_branch("vit", **{**options, "window": 4})
+    state = dict(donor.state_dict())
+    name = "attn.relative_position_bias_table"
+    # What a smooth function of the offset says in the middle, the resized table says too; the last rows are dropped.
+    offset = torch.arange(-3.0, 4.0)
+    table = (offset[:, None] + 10 * offset).flatten().unsqueeze(1).repeat(1, 2)
+    del state[f"blocks.0.{name}"], state[f"blocks.1.{name}"]
+    state["rel_pos_bias.relative_position_bias_table"] = torch.cat([table, torch.full((3, 2), 99.0)])
+    torch.save(state, tmp_path / "beit.pth")
+    load_pretrained(same_window := create_branch("vit", **{**options, "window": 4}), tmp_path / "beit.pth")
+    assert torch.equal(same_window.blocks[1].attn.relative_position_bias_table, table)
+    load_pretrained(larger := create_branch("vit", **{**options, "window": 7}), tmp_path / "beit.pth")
+    resized = larger.blocks[0].attn.relative_position_bias_table.detach()[:, 0].view(13, 13)
+    assert torch.allclose(resized, -resized.flip(0, 1), atol=1e-4), "odd in both directions, as its source is"
+    assert resized[6, 6].abs() < 1e-5
+    torch.testing.assert_close(resized[6, 7], torch.tensor(10.0), atol=1e-3, rtol=0)
+    torch.testing.assert_close(resized[12, 12], table[-1, 0], atol=1e-2, rtol=0)
+    state["rel_pos_bias.relative_position_bias_table"] = table[:40]
+    torch.save(state, tmp_path / "bad.pth")
+    with pytest.raises(CheckpointError, match="a relative position table of 40 rows is of no square window"):
+        load_pretrained(larger, tmp_path / "bad.pth")
+
+
+def test_hugging_face_s_convnext(tmp_path):
+    donor, other = create_branch("convnext", **CONVNEXT), create_branch("convnext", **CONVNEXT)
+    released = released_names(DensePyramid({"branches": [{"arch": "convnext", "resolution": 64, "options": CONVNEXT}]}))
+    state = {
+        released[f"pyramid.branches.0.{name}"].replace("convnext_model.", "convnext."): tensor
+        for name, tensor in donor.state_dict().items()
+    }
+    assert "convnext.encoder.stages.1.downsampling_layer.1.weight" in state
+    torch.save({**state, "convnext.layernorm.weight": torch.ones(64)}, tmp_path / "hf.bin")
+    load_pretrained(other, tmp_path / "hf.bin")
+    assert same(dict(other.state_dict()), dict(donor.state_dict()))
 
 
 def test_other_branch_types_load_files_of_their_own_names(tmp_path):

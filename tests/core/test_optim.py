@@ -27,6 +27,9 @@ SBL = (24, 12, 12)
         ("merge_branch2.0.weight", SBL, 25),
         ("fpn1.0.weight", SBL, 25),
         ("interactions.3.interaction_units_12.branch2to1_injector.ca_gamma", SBL, 25),
+        # Uni-Perceiver's names.
+        ("branch1.visual_embed.embeddings_norm.weight", SBL, 0),
+        ("branch2.layers.3.linear1.weight", SBL, 8),
         # Single branches carry no prefix, and their FPN is called up1 to up4.
         ("pos_embed", (12,), 0),
         ("blocks.11.mlp.fc2.bias", (12,), 12),

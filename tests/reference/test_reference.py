@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from seeded import seeded_array, seeded_input
-from translate import Unsupported, pretrained_branch, translate
+from translate import DINO, Unsupported, dino, pretrained_branch, translate
 
 from piip.branches.pretrained import convert_vit
 from piip.checkpoint import released_shapes, to_released
@@ -28,13 +28,19 @@ SUPPORTED = (
     "det_3branch_dino",
     "det_3branch_augreg",
     "det_3branch_mae",
+    "det_3branch_dinov2",
+    "det_3branch_beit",
+    "det_3branch_uniperceiver",
     "det_4branch",
     "det_single_vit",
     "det_single_internvit6b",
+    "det_single_beit",
     "seg_2branch",
     "seg_single",
     "det_convnext",
+    "det_dino_head",
     "det_single_convnext",
+    "ckpt_beit",
     "ckpt_deit",
     "ckpt_internvit",
 )
@@ -62,7 +68,10 @@ def relative_error(actual: np.ndarray, case: dict, stored: dict, key: str) -> fl
 def test_case(path: Path, record_property) -> None:
     case = json.loads(path.read_text())
     stored = dict(np.load(path.with_suffix(".npz")))
-    check = check_pretrained if "checkpoint_tensors" in case else check_model
+    if "checkpoint_tensors" in case:
+        check = check_pretrained
+    else:
+        check = check_dino if case.get("class") == DINO else check_model
     try:
         errors = check(case, stored)
     except Unsupported as reason:
@@ -84,7 +93,8 @@ def check_pretrained(case: dict, stored: dict) -> dict[str, float]:
     branch.load_state_dict({**branch.state_dict(), **converted})
     result = {name: branch.state_dict()[name].numpy() for name in case["checked_keys"]}
     assert {name: list(value.shape) for name, value in result.items()} == case["result_shapes"]
-    assert set(converted) == set(case["checked_keys"])
+    for name in set(converted) - set(case["checked_keys"]):
+        assert torch.equal(converted[name], state[name]), name
     error = max(relative_error(value, case, stored, name) for name, value in result.items())
     assert error < OUTPUT
     return {"output": error}
@@ -93,8 +103,11 @@ def check_pretrained(case: dict, stored: dict) -> dict[str, float]:
 def check_model(case: dict, stored: dict) -> dict[str, float]:
     model = translate(case).model.eval()
     shapes = {name: tuple(shape) for name, shape in case["parameters"].items()}
-    assert released_shapes(model) == shapes
-    model.load_state_dict({name: torch.from_numpy(seeded_array(name, shape)) for name, shape in shapes.items()})
+    buffers = {name: tuple(shape) for name, (shape, *_) in case.get("buffers", {}).items()}
+    assert released_shapes(model) == shapes | buffers
+    built = to_released(model)
+    state = {name: torch.from_numpy(seeded_array(name, shape)) for name, shape in shapes.items()}
+    model.load_state_dict(state | {name: built[name] for name in buffers})
 
     (given,) = case["input"].values()
     images = torch.from_numpy(seeded_input(given["seed_name"], given["shape"])).requires_grad_()
@@ -122,3 +135,70 @@ def check_model(case: dict, stored: dict) -> dict[str, float]:
     assert errors["input_gradient"] < INPUT_GRADIENT
     assert errors["gradient_norm"] < GRADIENT_NORM
     return errors
+
+
+def check_dino(case: dict, stored: dict) -> dict[str, float]:
+    """Neck, transformer and head: their outputs, detections and losses; gradients of the feature maps."""
+    pytest.importorskip("mmdet", reason="needs the detection extra")
+    import piip.integrations.mmdet_dino as integration
+
+    # isort: split
+    from mmdet.structures import DetDataSample
+    from mmengine.structures import InstanceData
+
+    model = dino(case)
+    shapes = {name: tuple(shape) for name, shape in case["parameters"].items()}
+    assert integration.released_shapes(model) == shapes
+    model.load_state_dict({name: torch.from_numpy(seeded_array(name, shape)) for name, shape in shapes.items()})
+    assert set(integration.to_released(model)) == set(shapes)
+
+    maps = [
+        torch.from_numpy(seeded_input(f"{case['case']}:feat{i}d", shape)).requires_grad_()
+        for i, shape in enumerate(case["input_shapes"])
+    ]
+    metas = [
+        {**meta, "img_shape": meta["img_shape"][:2], "scale_factor": meta["scale_factor"][:2]}
+        for meta in case["img_metas"]
+    ]
+    objects = [
+        InstanceData(bboxes=torch.tensor(boxes), labels=torch.tensor(labels))
+        for boxes, labels in zip(case["gt_bboxes_xyxy_pixels"], case["gt_labels"], strict=True)
+    ]
+    # Trained on images without objects, DINO adds no denoising queries, and hands out the encoder's proposals.
+    empty = [
+        DetDataSample(metainfo=meta, gt_instances=instances[:0]) for meta, instances in zip(metas, objects, strict=True)
+    ]
+    model.train()
+    levels = model.neck(maps)
+    inner = model.forward_transformer(levels, empty)
+    scores, boxes = model.bbox_head(inner["hidden_states"], inner["references"])
+    outputs = {f"neck{i}": level for i, level in enumerate(levels)}
+    outputs |= {"topk_score": inner["enc_outputs_class"], "topk_anchor": inner["enc_outputs_coord"]}
+    outputs |= {"all_cls_scores": scores, "all_bbox_preds": boxes}
+    errors = {name: relative_error(out.detach().numpy(), case, stored, name) for name, out in outputs.items()}
+
+    order = [outputs[name] for name in ("all_cls_scores", "all_bbox_preds", "topk_score", "topk_anchor")]
+    weights = [torch.from_numpy(seeded_input(f"loss:{case['case']}{i}", out.shape)) for i, out in enumerate(order)]
+    loss = sum((out * weight).sum() for out, weight in zip(order, weights, strict=True))
+    assert loss.item() == pytest.approx(case["loss"], rel=1e-4)
+    loss.backward()
+    gradient = max(relative_error(m.grad.numpy(), case, stored, f"feat{i}_grad") for i, m in enumerate(maps))
+    assert {name for name, p in model.named_parameters() if p.grad is None} <= {
+        "dn_query_generator.label_embedding.weight"
+    }
+
+    predictions = {"enc": order[2:], "dec0": (scores[0], boxes[0]), "dec1": (scores[1], boxes[1])}
+    for stage, prediction in predictions.items():
+        losses = model.bbox_head.loss_by_feat_single(*prediction, batch_gt_instances=objects, batch_img_metas=metas)
+        wanted = [case["matching_losses"][stage][name] for name in ("loss_cls", "loss_bbox", "loss_iou")]
+        assert [value.item() for value in losses] == pytest.approx(wanted, rel=1e-5), stage
+    for rescale in (0, 1):
+        found = model.bbox_head.predict_by_feat(scores, boxes, batch_img_metas=metas, rescale=bool(rescale))
+        for i, instances in enumerate(found):
+            detections = torch.cat([instances.bboxes, instances.scores[:, None]], 1).detach().numpy()
+            name = f"det{i}_boxes_rescale{rescale}"
+            errors[name] = relative_error(detections, case, stored, name)
+            assert instances.labels.tolist() == stored[f"det{i}_labels_rescale{rescale}"].tolist()
+    assert max(errors.values()) < OUTPUT
+    assert gradient < INPUT_GRADIENT
+    return {"output": max(errors.values()), "input_gradient": gradient}

@@ -1,5 +1,6 @@
 """From a case of the reference data, which speaks the original's options, to our model."""
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -141,6 +142,77 @@ def intern_vit(task: str, values: Mapping[str, Any], case: Mapping[str, Any]) ->
     )
 
 
+def beit(task: str, values: Mapping[str, Any], case: Mapping[str, Any]) -> tuple[str, dict[str, Any], Options]:
+    """BEiT, BEiTv2. Global blocks take a table of their own window's size."""
+    o = Options(
+        f"{task}.BEiT",
+        values,
+        patch_size=16,
+        embed_dim=768,
+        depth=12,
+        num_heads=12,
+        mlp_ratio=4.0,
+        qkv_bias=False,
+        use_abs_pos_emb=False,
+        use_rel_pos_bias=True,
+        init_values=None,
+        window_attn=False,
+        window_size=14,
+    )
+    o.get("pretrain_img_size"), o.get("img_size")  # no position table depends on it
+    if o["use_abs_pos_emb"]:
+        raise Unsupported(f"{o.owner}: position table")
+    sizes = o["window_size"] if isinstance(o["window_size"], list) else [o["window_size"]]
+    on = windows(o["window_attn"], o["window_size"], o["depth"])
+    if None in on and len(set(sizes)) > 1:
+        raise Unsupported(f"{o.owner}: global blocks, and windows of several sizes")
+    return (
+        "vit",
+        {
+            "family": "beit",
+            "pos_grid": None,
+            "qkv_bias": "q_and_v" if o["qkv_bias"] else False,
+            "rel_pos": ("window" if None not in on else sizes[0]) if o["use_rel_pos_bias"] else None,
+            "layer_scale": o["init_values"],
+            "window": on,
+            **{key: o[key] for key in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")},
+        },
+        o,
+    )
+
+
+def uniperceiver(task: str, values: Mapping[str, Any], case: Mapping[str, Any]) -> tuple[str, dict[str, Any], Options]:
+    """Uni-Perceiver."""
+    o = Options(
+        f"{task}.UniPerceiver",
+        values,
+        patch_size=16,
+        pretrain_img_size=224,
+        embed_dim=768,
+        depth=12,
+        num_heads=12,
+        mlp_ratio=4.0,
+        qkv_bias=True,
+        window_attn=False,
+        window_size=14,
+    )
+    side = o["pretrain_img_size"] // o["patch_size"]
+    return (
+        "vit",
+        {
+            "family": "uniperceiver",
+            "pos_grid": (side, side),
+            "time_steps": 8,
+            "embed_norm": True,
+            "norm_eps": 1e-5,
+            "layer_scale": 0.0,
+            "window": windows(o["window_attn"], o["window_size"], o["depth"]),
+            **{key: o[key] for key in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias")},
+        },
+        o,
+    )
+
+
 def convnext(task: str, values: Mapping[str, Any], case: Mapping[str, Any]) -> tuple[str, dict[str, Any], Options]:
     """ConvNeXt; its sizes are those of the Hugging Face model, unless the case overrides them."""
     o = Options(f"{task}.ConvNextHFWrapper", values)
@@ -155,6 +227,8 @@ def convnext(task: str, values: Mapping[str, Any], case: Mapping[str, Any]) -> t
 BRANCHES: dict[str, Callable[..., tuple[str, dict[str, Any], Options]]] = {
     "vit_models": vit_models,
     "InternViT6B": intern_vit,
+    "BEiT": beit,
+    "UniPerceiver": uniperceiver,
     "ConvNeXt": convnext,
     "ConvNextHFWrapper": convnext,
 }
@@ -253,6 +327,54 @@ def pretrained_branch(case: Mapping[str, Any]) -> Branch:
     arch, options, o = BRANCHES[name](task, case["kwargs"], case)
     o.finish()
     return create_branch(arch, **options)
+
+
+DINO = "ChannelMapper neck + DINOHead (mmdet fork)"
+
+
+def dino(case: Mapping[str, Any]) -> nn.Module:
+    """The detector of a case of DINO's neck and head; its backbone hands on the feature maps it is given."""
+    from mmdet.registry import MODELS
+
+    import piip.integrations.mmdet_dino  # noqa: F401
+
+    neck, head = (case["kwargs"][part] for part in ("neck", "bbox_head"))
+    transformer, noise = head["transformer"], head["dn_cfg"]["noise_scale"]
+    coders = {}
+    for part, attentions in (("encoder", ("self_attn_cfg",)), ("decoder", ("self_attn_cfg", "cross_attn_cfg"))):
+        layers = transformer[part]["transformerlayers"]
+        given = layers["attn_cfgs"] if isinstance(layers["attn_cfgs"], list) else [layers["attn_cfgs"]]
+        options = [{k: v for k, v in attention.items() if k != "type"} for attention in given]
+        ffn = {k: v for k, v in layers["ffn_cfgs"].items() if k != "type"}
+        layer = {**dict(zip(attentions, options, strict=True)), "ffn_cfg": ffn}
+        coders[part] = {"num_layers": transformer[part]["num_layers"], "layer_cfg": layer}
+    assigner = case["kwargs"]["train_cfg"]["assigner"]
+    costs = [assigner[cost] for cost in ("cls_cost", "reg_cost", "iou_cost")]
+    dims = neck["out_channels"]
+    model = {
+        "type": "PIIPDINO",
+        "num_queries": head["num_query"],
+        "with_box_refine": head["with_box_refine"],
+        "as_two_stage": head["as_two_stage"],
+        "backbone": {"type": nn.Identity},
+        "neck": neck,
+        "encoder": coders["encoder"],
+        "decoder": {**coders["decoder"], "return_intermediate": True, "post_norm_cfg": None},
+        "positional_encoding": {k: v for k, v in head["positional_encoding"].items() if k != "type"},
+        "bbox_head": {
+            "type": "PIIPDINOHead",
+            "embed_dims": dims,
+            **{k: head[k] for k in ("num_classes", "sync_cls_avg_factor", "loss_cls", "loss_bbox", "loss_iou")},
+        },
+        "dn_cfg": {
+            "label_noise_scale": noise["label"],
+            "box_noise_scale": noise["box"],
+            "group_cfg": head["dn_cfg"]["group_cfg"],
+        },
+        "train_cfg": {"assigner": {"type": assigner["type"], "match_costs": costs}},
+        "test_cfg": case["kwargs"]["test_cfg"],
+    }
+    return MODELS.build(copy.deepcopy(model))
 
 
 def translate(case: Mapping[str, Any]) -> Translated:
