@@ -24,15 +24,13 @@ from typing import Any
 import numpy as np
 import torch
 from make_mini_data import make_mini_data
-from matplotlib import colormaps, get_data_path
 from mmengine.config import Config
 from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
-from torchvision.ops import box_convert, nms
-from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from piip.budget import as_run
+from piip.integrations.visualize import Detections, draw, enlarge, save_picture
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "mmdetection/configs/piip/mini/mask_rcnn_mini_convnext-tsb_192_144_96_regular-fpn.py"
@@ -69,17 +67,7 @@ def run(title: str, arguments: list[object], environment: dict[str, str], log: P
         sys.exit(f"demo: '{title}' failed, see above and {log}; run the same command again to continue from here")
 
 
-def choose(boxes: list[dict[str, Any]], image_id: int, threshold: float) -> list[int]:
-    """Return which predictions to draw: good ones of the image, one per place (the metric counts them all)."""
-    index = [i for i, box in enumerate(boxes) if box["image_id"] == image_id and box["score"] >= threshold]
-    if not index:
-        return []
-    corners = box_convert(torch.tensor([boxes[i]["bbox"] for i in index]), "xywh", "xyxy")
-    kept = nms(corners, torch.tensor([boxes[i]["score"] for i in index]), iou_threshold=0.5)
-    return [index[i] for i in kept.flip(0)]  # the best one on top
-
-
-def draw(data: Path, predictions: Path, out: Path, threshold: float) -> list[Path]:
+def draw_held_out(data: Path, predictions: Path, out: Path, threshold: float) -> list[Path]:
     """Draw the predictions for the first held-out images beside the images, and return the pictures' paths.
 
     Args:
@@ -89,38 +77,27 @@ def draw(data: Path, predictions: Path, out: Path, threshold: float) -> list[Pat
         threshold: Lowest score that is drawn.
     """
     truth = COCO(str(data / "annotations/instances_val.json"))
-    found = json.loads(Path(f"{predictions}.segm.json").read_text())
+    masks = json.loads(Path(f"{predictions}.segm.json").read_text())
     boxes = json.loads(Path(f"{predictions}.bbox.json").read_text())
-    font = str(Path(get_data_path(), "fonts/ttf/DejaVuSans-Bold.ttf"))
-    palette = [tuple(int(255 * c) for c in colormaps["tab10"](i)[:3]) for i in range(10)]
+    names = {number: category["name"] for number, category in truth.cats.items()}
     out.mkdir(parents=True, exist_ok=True)
     pictures = []
     for image_id in truth.getImgIds()[:PICTURES]:
         info = truth.imgs[image_id]
-        image = Image.open(data / "val" / info["file_name"]).convert("RGB")
-        size = (image.width * ZOOM, image.height * ZOOM)
-        plain = torch.from_numpy(np.array(image.resize(size, Image.Resampling.BICUBIC))).permute(2, 0, 1)
-        chosen = choose(boxes, image_id, threshold)
-        drawn = plain
-        if chosen:
-            names = [truth.cats[found[i]["category_id"]]["name"] for i in chosen]
-            colours = [palette[found[i]["category_id"] % 10] for i in chosen]
-            masks = [Image.fromarray(rle.decode(found[i]["segmentation"])).resize(size) for i in chosen]
-            drawn = draw_segmentation_masks(drawn, torch.from_numpy(np.stack(masks)).bool(), alpha=0.45, colors=colours)
-            corners = box_convert(torch.tensor([boxes[i]["bbox"] for i in chosen]) * ZOOM, "xywh", "xyxy")
-            drawn = draw_bounding_boxes(
-                drawn,
-                corners,
-                [f" {name} {found[i]['score']:.2f} " for name, i in zip(names, chosen, strict=True)],
-                colours,
-                width=3,
-                font=font,
-                font_size=18,
-                label_colors="white",
-                fill_labels=True,
-            )
+        image = np.asarray(Image.open(data / "val" / info["file_name"]).convert("RGB"))
+        chosen = [i for i, box in enumerate(boxes) if box["image_id"] == image_id and box["score"] >= threshold]
+        corners = np.array([boxes[i]["bbox"] for i in chosen]).reshape(-1, 4)
+        corners[:, 2:] += corners[:, :2]
+        found = Detections(
+            image=image,
+            boxes=corners,
+            scores=np.array([boxes[i]["score"] for i in chosen]),
+            classes=np.array([boxes[i]["category_id"] for i in chosen]),
+            names=names,
+            masks=np.array([rle.decode(masks[i]["segmentation"]) for i in chosen], dtype=bool),
+        )
         path = out / f"{Path(info['file_name']).stem}.png"
-        Image.fromarray(torch.cat([plain, drawn], 2).permute(1, 2, 0).numpy()).save(path)
+        save_picture(np.hstack([enlarge(image, ZOOM), draw(found, ZOOM)]), path)
         pictures.append(path)
     return pictures
 
@@ -190,7 +167,7 @@ def main() -> None:
     command = ["mmdetection/tools/test.py", CONFIG, checkpoint, "--work-dir", evaluation]
     override = ["--cfg-options", f"test_evaluator.outfile_prefix={evaluation / 'predictions'}"]
     run("evaluate on the held-out images", [*command, *override], environment, out / "test.log")
-    pictures = draw(data / "coco", evaluation / "predictions", out / "pictures", threshold=0.5)
+    pictures = draw_held_out(data / "coco", evaluation / "predictions", out / "pictures", threshold=0.5)
     lap("evaluation")
 
     result = summarise(read_metrics(evaluation), minutes, args.seed)

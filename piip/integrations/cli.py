@@ -18,7 +18,7 @@ from mmengine.registry import RUNNERS
 
 from piip.errors import CheckpointError, SpecError
 from piip.integrations import mmcv_ops
-from piip.integrations.preflight import RunError, check_data, claim_work_dir
+from piip.integrations.preflight import RunError, check_classes, check_data, claim_work_dir
 from piip.integrations.runtime import start_distributed
 
 DEFAULT_SEED = 0
@@ -45,7 +45,7 @@ _REFUSED_IN_TEST = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Reports an error as one line."""
 
     def error(self, message: str) -> NoReturn:
@@ -64,12 +64,13 @@ class _Refused(argparse.Action):
         parser.error(f"{self.option_strings[0]} is an old option; {self.instead}")
 
 
-class _Overrides(DictAction):
+class Overrides(DictAction):
     """mmengine's KEY=VALUE pairs, with an error that names what is not a pair."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
     ) -> None:
+        """Store the pairs."""
         if wrong := [value for value in values if "=" not in value]:
             parser.error(f"{option} takes KEY=VALUE pairs, not {wrong[0]!r}")
         # mmengine would cut a dict at its commas, and recurse without end over a call.
@@ -78,13 +79,13 @@ class _Overrides(DictAction):
         super().__call__(parser, namespace, values, option)
 
 
-def _parser(prog: str, description: str, refused: Mapping[str, str]) -> _Parser:
+def _parser(prog: str, description: str, refused: Mapping[str, str]) -> Parser:
     """Return a parser of what training and evaluation have in common."""
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
+    parser = Parser(prog=prog, description=description, allow_abbrev=False)
     parser.add_argument("config", help="config file")
     parser.add_argument("--work-dir", help="folder of logs and checkpoints (default: work_dirs/CONFIG)")
     parser.add_argument(
-        "--cfg-options", "--options", nargs="+", action=_Overrides, default={}, metavar="KEY=VALUE",
+        "--cfg-options", "--options", nargs="+", action=Overrides, default={}, metavar="KEY=VALUE",
         help="change settings of the config; lists as key=a,b or key='[a,b]', nested ones as key='[(a,b),(c,d)]'",
     )  # fmt: skip
     parser.add_argument("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none")
@@ -148,7 +149,7 @@ def train(args: argparse.Namespace) -> None:
         RunError: The data, the work dir or an option does not allow it.
     """
     cfg = load_config(args)
-    cfg.load_from = _checkpoint_path(args.load_from or cfg.get("load_from"))
+    cfg.load_from = checkpoint_path(args.load_from or cfg.get("load_from"))
     randomness = dict(cfg.get("randomness") or {})
     if args.seed is not None or randomness.get("seed") is None:
         randomness["seed"] = DEFAULT_SEED if args.seed is None else args.seed
@@ -166,8 +167,9 @@ def train(args: argparse.Namespace) -> None:
     if args.no_validate:
         cfg.update(val_cfg=None, val_dataloader=None, val_evaluator=None)
     check_data(cfg, ("train_dataloader", "val_dataloader"))
+    check_classes(cfg, ("train_dataloader", "val_dataloader"))
     start_distributed(args.launcher, cfg.env_cfg)
-    claim_work_dir(cfg, _checkpoint_path(args.resume))
+    claim_work_dir(cfg, checkpoint_path(args.resume))
     RUNNERS.build(cfg).train()
 
 
@@ -178,7 +180,7 @@ def test(args: argparse.Namespace) -> dict[str, float]:
         RunError: The data or an option does not allow it.
     """
     cfg = load_config(args)
-    cfg.load_from, cfg.resume = _checkpoint_path(args.checkpoint), False
+    cfg.load_from, cfg.resume = checkpoint_path(args.checkpoint), False
     # What evaluation does not need is not built, and its data need not be there.
     for key in ("train_dataloader", "train_cfg", "optim_wrapper", "val_dataloader", "val_cfg", "val_evaluator"):
         cfg[key] = None
@@ -194,11 +196,12 @@ def test(args: argparse.Namespace) -> dict[str, float]:
     if args.show_dir:
         _draw(cfg, args.show_dir)
     check_data(cfg, ("test_dataloader",))
+    check_classes(cfg, ("test_dataloader",))
     start_distributed(args.launcher, cfg.env_cfg)
     return RUNNERS.build(cfg).test()
 
 
-def _checkpoint_path(path: str | None) -> str | None:
+def checkpoint_path(path: str | None) -> str | None:
     """Return the directory with the model states inside a DeepSpeed checkpoint, any other path as it is."""
     tag = Path(path, "latest") if path else None
     if tag is None or not tag.is_file():
@@ -230,12 +233,16 @@ def _draw(cfg: Config, folder: str) -> None:
 
 
 def main(run: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> int:
-    """Call `run` and return the exit status; an error of the user's is one line on stderr, from the first process."""
-    os.environ.setdefault("LOCAL_RANK", args.local_rank)
+    """Call `run` and return the exit status: its own if it returns one; an error of the user's is one line on stderr.
+
+    The line comes from the first process, or from each that met it where they may meet different ones.
+    """
+    os.environ.setdefault("LOCAL_RANK", getattr(args, "local_rank", "0"))
     try:
-        run(args)
+        result = run(args)
     except (CheckpointError, RunError, SpecError) as error:
-        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
-            sys.stderr.write(f"error: {error}\n")
+        rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+        if rank == 0 or not getattr(error, "common", True):  # CheckpointError and SpecError are common to all
+            sys.stderr.write(f"error: {f'process {rank}: ' if rank else ''}{error}\n")
         return 2
-    return 0
+    return result if isinstance(result, int) else 0

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import mmap
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +14,15 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.dist import broadcast_object_list, is_main_process
 
+from piip.integrations import mmcv_ops
 from piip.integrations.saving import latest_checkpoint, write_text
 
 
 class RunError(RuntimeError):
-    """A run cannot start as asked; the message says what to change."""
+    """A run cannot start or go on as asked; the message says what to change."""
+
+    common = True
+    """Whether every process of the run meets it, so that the first one reports it for all."""
 
 
 RUN_FILE = "run.json"
@@ -26,22 +33,23 @@ _IDENTITY = ("model", "optim_wrapper", "train_dataloader", "randomness")
 _FREE = {"num_workers", "persistent_workers", "prefetch_factor", "pin_memory", "data_root", "ann_file", "data_prefix"}
 
 _PARSED_BYTES = 4 << 20  # An annotation file above this size is not empty.
+_CATEGORIES_BYTES = 4 << 20  # More than any list of categories takes; LVIS, with descriptions, needs 0.4 MB.
 
 
-def _datasets(config: Mapping[str, Any], name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def inner_datasets(config: Mapping[str, Any], name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield the configs of the datasets proper, inside any wrappers, with their dotted names."""
     if "dataset" in config:
-        yield from _datasets(config["dataset"], f"{name}.dataset")
+        yield from inner_datasets(config["dataset"], f"{name}.dataset")
     elif "datasets" in config:
         for i, part in enumerate(config["datasets"]):
-            yield from _datasets(part, f"{name}.datasets.{i}")
+            yield from inner_datasets(part, f"{name}.datasets.{i}")
     else:
         yield name, config
 
 
 def _paths(cfg: Config, loader: str) -> Iterator[tuple[str, str]]:
     """Yield the dotted name and the value of every path that a loader and its evaluator read."""
-    for name, dataset in _datasets(cfg[loader]["dataset"], f"{loader}.dataset"):
+    for name, dataset in inner_datasets(cfg[loader]["dataset"], f"{loader}.dataset"):
         root = dataset.get("data_root") or ""
         prefixes = {f"data_prefix.{key}": value for key, value in (dataset.get("data_prefix") or {}).items()}
         for field, value in {"ann_file": dataset.get("ann_file"), **prefixes}.items():
@@ -96,6 +104,139 @@ def _check_annotations(path: Path, name: str) -> None:
     for part in ("images", "annotations", "categories"):
         if isinstance(content, dict) and not content.get(part):
             raise RunError(f"{name}: annotation file {path} is empty: it has no {part}")
+
+
+_Categories = list[tuple[int, str]]
+
+
+def _scan(path: Path) -> tuple[_Categories | None, set[int]]:
+    """Return a COCO file's categories, in its order, and the category ids of its annotations, without parsing it.
+
+    Parsing COCO's own takes ten seconds and gigabytes, in every process; this reads through it once. The categories are
+    None where they cannot be found this way.
+    """
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        used = {int(match[1]) for match in re.finditer(rb'"category_id"\s*:\s*(\d+)', text)}
+        at = text.rfind(b'"categories"')  # the last of the file's parts in COCO's own
+        while at >= 0:
+            following = text[at + len('"categories"') : at + _CATEGORIES_BYTES].decode("utf-8", errors="ignore")
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # a word within something else
+                content = json.JSONDecoder().raw_decode(following.lstrip().removeprefix(":").lstrip())[0]
+                return [(entry["id"], entry["name"]) for entry in content], used
+            at = text.rfind(b'"categories"', 0, at)
+    return None, used
+
+
+def _read_categories(path: Path, name: str) -> tuple[_Categories | None, set[int]]:
+    """Return what :func:`_scan` does, of a small file after parsing all of it."""
+    if path.stat().st_size > _PARSED_BYTES:
+        return _scan(path)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        categories = [(entry["id"], entry["name"]) for entry in content["categories"]]
+        return categories, {entry["category_id"] for entry in content["annotations"]}
+    except (KeyError, TypeError) as error:
+        raise RunError(f"{name}: annotation file {path} is not in COCO's format: {error!r} not found") from error
+
+
+def _shown(names: Sequence[object]) -> str:
+    """Return a list of class names for a message, cut where it is long."""
+    if len(names) <= 12:
+        return repr(tuple(names))
+    return f"({', '.join(map(repr, names[:5]))}, ... {len(names)} in all)"
+
+
+def _check_dataset(name: str, path: Path, classes: Sequence[str], subset: bool) -> None:
+    """Check that a dataset's classes are those of its file, in the same order: labels count in the file's order."""
+    categories, used = _read_categories(path, f"{name}.ann_file")
+    if categories is None:
+        return
+    if unlisted := sorted(used - {number for number, _ in categories}):
+        raise RunError(
+            f"{name}.ann_file: annotations in {path} have category ids that its categories do not list: "
+            f"{_shown(unlisted)} (listed: {_shown([number for number, _ in categories])}); add them to the file's "
+            "categories, or remove these annotations"
+        )
+    there = [category for _, category in categories if not subset or category in classes]
+    if there == list(classes):
+        return
+    extra, missing = [n for n in there if n not in classes], [n for n in classes if n not in there]
+    difference = [f"only in the file: {_shown(extra)}"] * bool(extra) + [f"missing there: {_shown(missing)}"] * bool(
+        missing
+    )
+    leave_out = "" if missing else " (or metainfo.subset=True, to leave the others out)" if extra else ""
+    raise RunError(
+        f"{name}: the categories of {path} are {_shown(there)}, but metainfo.classes is {_shown(classes)} "
+        f"({'; '.join(difference) or 'the order differs'}); set metainfo=dict(classes=...) to the file's names in the "
+        f"file's order{leave_out}, in every dataset of the config, and num_classes={len(there)} in the model's heads"
+    )
+
+
+def _heads(model: Any, name: str = "model") -> Iterator[tuple[str, int]]:
+    """Yield the dotted names and numbers of classes of the heads that classify boxes or predict their masks."""
+    if isinstance(model, Mapping):
+        for key, value in model.items():
+            for i, head in enumerate(value if isinstance(value, Sequence) else [value]):
+                here = f"{name}.{key}.{i}" if isinstance(value, Sequence) else f"{name}.{key}"
+                if key in ("bbox_head", "mask_head") and isinstance(head, Mapping) and "num_classes" in head:
+                    yield f"{here}.num_classes", head["num_classes"]
+                yield from _heads(head, here)
+
+
+def check_heads(model: Mapping[str, Any], classes: Sequence[str], name: str) -> None:
+    """Check that the heads of a detector's config tell apart as many classes as there are.
+
+    Args:
+        model: The config's `model`.
+        classes: Names of the classes.
+        name: Where these come from.
+
+    Raises:
+        RunError: The numbers differ; the message says how to set them.
+    """
+    heads = dict(_heads(model))
+    if any(number != len(classes) for number in heads.values()):
+        there = ", ".join(f"{head}={number}" for head, number in heads.items())
+        needed = " ".join(f"{head}={len(classes)}" for head in heads)
+        raise RunError(
+            f"the model's heads and the data do not match: {there}, but {name} has {len(classes)} classes "
+            f"{_shown(classes)}; set --cfg-options {needed}"
+        )
+
+
+def check_classes(cfg: Config, loaders: Sequence[str]) -> None:
+    """Check that the classes of COCO-style datasets are those of their annotation files and of the model's heads.
+
+    Without this, annotations of other names are left out in silence, and AP is 0. Files that are remote or not JSON are
+    not checked, nor are datasets that read theirs otherwise than CocoDataset.
+
+    Args:
+        cfg: The run's config, its data checked by :func:`check_data`.
+        loaders: Names of its loaders; absent ones are passed over.
+
+    Raises:
+        RunError: Names, their order or their number differ, or annotations use a category that the file does not list.
+    """
+    if cfg.get("default_scope") != "mmdet":
+        return
+    mmcv_ops.install()
+    from mmdet.datasets import CocoDataset
+    from mmdet.registry import DATASETS
+
+    for loader in loaders:
+        for name, dataset in inner_datasets(cfg[loader]["dataset"], f"{loader}.dataset") if cfg.get(loader) else ():
+            kind = DATASETS.get(dataset["type"]) if isinstance(dataset["type"], str) else dataset["type"]
+            file = dataset.get("ann_file") or ""
+            # Subclasses with a reader of their own may number classes in another way.
+            reader = getattr(kind, "load_data_list", None), getattr(kind, "COCOAPI", None)
+            if reader != (CocoDataset.load_data_list, CocoDataset.COCOAPI) or not file.endswith(".json"):
+                continue
+            metainfo = kind._load_metainfo(dataset.get("metainfo"))  # the class's own, unless the config sets them
+            classes = [metainfo["classes"]] if isinstance(metainfo["classes"], str) else metainfo["classes"]
+            path = os.path.join(dataset.get("data_root") or "", file)
+            if not _is_remote(path):
+                _check_dataset(name, Path(path), classes, metainfo.get("subset", False))
+            check_heads(cfg.model, classes, name)
 
 
 def _identity(cfg: Mapping[str, Any]) -> dict[str, Any]:

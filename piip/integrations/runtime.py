@@ -7,6 +7,10 @@ resuming            starts an interrupted epoch over, restores no       continue
 (`resume.py`)       random state                                        losses of an uninterrupted run bit for bit
 checkpoints         written in place, the old one deleted first;        appear under their name when whole, the old one
 (`saving.py`)       unpickled in full if a safe reading fails           goes last; plain values, only ever read safely
+losses              may be NaN, and the weights that are saved          stop the run when they are not finite, before
+(`finite.py`)                                                           anything is saved
+images              one that cannot be read ends in a traceback         it is named; skipped and counted if the config
+(`images.py`)                                                           says `on_broken_image = "skip"`
 several processes   needs CUDA                                          gloo where there is no CUDA device
 mixed precision     needs CUDA, scales the loss                         bfloat16 autocast on any device, as the released
                                                                         models were trained
@@ -33,6 +37,8 @@ from mmengine.utils.dl_utils import set_multi_processing
 from torch import nn
 
 from piip.errors import CheckpointError
+from piip.integrations.finite import StopAtNaNHook
+from piip.integrations.images import SkippedImagesHook, check_images
 from piip.integrations.preflight import RunError
 from piip.integrations.resume import ExactResumeHook, ResumableEpochLoop, ResumableIterLoop, random_state
 from piip.integrations.saving import WholeCheckpointHook, finish, install_safe_loading
@@ -100,6 +106,24 @@ class BFloat16OptimWrapper(OptimWrapper):
             yield
 
 
+@contextmanager
+def explained_mismatch(filename: str) -> Iterator[None]:
+    """Turn mmengine's list of all weights that do not fit into one line.
+
+    Raises:
+        CheckpointError: The weights of the file, which are loaded strictly inside, do not fit the model.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, CheckpointError) or "do not match exactly" not in str(error):
+            raise
+        details = [line.strip() for line in str(error).splitlines()[1:] if line.strip()]
+        shown = "; ".join(line if len(line) < 200 else f"{line[:200]} ..." for line in details[:3])
+        more = f" (and {len(details) - 3} more)" if len(details) > 3 else ""
+        raise CheckpointError(f"{filename} does not fit the model of this config: {shown}{more}") from error
+
+
 _LOOPS = {"EpochBasedTrainLoop": ResumableEpochLoop, "IterBasedTrainLoop": ResumableIterLoop}
 
 
@@ -109,6 +133,15 @@ class PIIPRunner(Runner):
 
     random_states: list[dict[str, Any]]
     """Of every process, by rank; taken when a checkpoint is saved."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        skipped = str(Path(self.log_dir, "skipped_images.txt"))
+        choices = {"train": {"on_broken": self.cfg.get("on_broken_image", "stop"), "record": skipped}}
+        for name in ("train", "val", "test"):
+            loader = f"_{name}_dataloader"  # a config until it is first needed
+            setattr(self, loader, check_images(getattr(self, loader), **choices.get(name, {})))
+        self.register_hook(SkippedImagesHook(skipped))
 
     def setup_env(self, env_cfg: dict[str, Any]) -> None:
         """Start the processes our way first; mmengine then finds them started."""
@@ -132,12 +165,12 @@ class PIIPRunner(Runner):
     def register_hooks(
         self, default_hooks: dict[str, Any] | None = None, custom_hooks: list[Any] | None = None
     ) -> None:
-        """Put our CheckpointHook in place of mmengine's, and add the hook for exact resuming."""
+        """Put our CheckpointHook in place of mmengine's, and add our other hooks."""
         hooks = dict(default_hooks or {})
         checkpoint = hooks.get("checkpoint", {"type": "CheckpointHook", "interval": 1})
         if isinstance(checkpoint, dict) and checkpoint["type"] == "CheckpointHook":
             hooks["checkpoint"] = {**checkpoint, "type": WholeCheckpointHook}
-        super().register_hooks(hooks, [*(custom_hooks or []), ExactResumeHook()])
+        super().register_hooks(hooks, [*(custom_hooks or []), ExactResumeHook(), StopAtNaNHook()])
 
     def build_train_loop(self, loop: BaseLoop | dict[str, Any]) -> BaseLoop:
         """Build the resumable loop in place of each of mmengine's two."""
@@ -173,12 +206,5 @@ class PIIPRunner(Runner):
             CheckpointError: The file cannot be read, or does not fit the model.
         """
         strict = strict or self._resume or self._train_loop is None
-        try:
+        with explained_mismatch(filename):
             return super().load_checkpoint(filename, map_location, strict, **kwargs)
-        except RuntimeError as error:
-            if isinstance(error, CheckpointError) or "do not match exactly" not in str(error):
-                raise
-            details = [line.strip() for line in str(error).splitlines()[1:] if line.strip()]
-            shown = "; ".join(line if len(line) < 200 else f"{line[:200]} ..." for line in details[:3])
-            more = f" (and {len(details) - 3} more)" if len(details) > 3 else ""
-            raise CheckpointError(f"{filename} does not fit the model of this config: {shown}{more}") from error

@@ -2,3 +2,5 @@
 
 runner_type = "PIIPRunner"
 randomness = dict(seed=0)
+# In training, an image that cannot be read ends the run ("stop"), or is counted and replaced by another one ("skip").
+on_broken_image = "stop"
