@@ -501,8 +501,10 @@ def test_mask_rcnn_trains_and_predicts(tmp_path: Path) -> None:
     from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks
     from mmengine.config import Config
+    from mmengine.registry import init_default_scope
     from mmengine.structures import InstanceData
 
+    init_default_scope("mmdet")  # a runner of another test may have left its own
     config = tmp_path / "tiny.py"
     config.write_text(
         textwrap.dedent(

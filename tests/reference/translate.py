@@ -335,9 +335,11 @@ DINO = "ChannelMapper neck + DINOHead (mmdet fork)"
 def dino(case: Mapping[str, Any]) -> nn.Module:
     """The detector of a case of DINO's neck and head; its backbone hands on the feature maps it is given."""
     from mmdet.registry import MODELS
+    from mmengine.registry import init_default_scope
 
     import piip.integrations.mmdet_dino  # noqa: F401
 
+    init_default_scope("mmdet")  # a runner of another test may have left its own
     neck, head = (case["kwargs"][part] for part in ("neck", "bbox_head"))
     transformer, noise = head["transformer"], head["dn_cfg"]["noise_scale"]
     coders = {}
