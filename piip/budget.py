@@ -63,16 +63,13 @@ def as_run(
     flops = counter.get_flop_counts()
 
     def macs(module: nn.Module) -> int:
-        if isinstance(module, tuple(type(b) for b in model.pyramid.branches)):
-            # A branch is entered by `embed` and `run`, not by a call: its children are what the counter sees.
-            return sum(macs(child) for child in module.children())
-        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-            return sum(macs(child) for child in module.children())
-        return sum(flops.get(f"DensePyramid.{names[id(module)]}", {}).values()) // 2
+        own = flops.get(f"DensePyramid.{names[id(module)]}")
+        # Containers, and branches (entered by `embed` and `run`), are never called: their parts are what was counted.
+        return sum(map(macs, module.children())) if own is None else sum(own.values()) // 2
 
     costs = {
         part: Cost(sum(p.numel() for m in group for p in m.parameters()), sum(macs(m) for m in group))
         for part, group in modules.items()
     }
-    total = sum(sum(counts.values()) for counts in [flops["Global"]]) // 2
+    total = sum(flops["Global"].values()) // 2
     return {**costs, "total": Cost(sum(p.numel() for p in model.parameters()), total)}

@@ -1,5 +1,6 @@
 """Runs of the toy task in `toy/`: in this process (fast), or through the command line (as a user starts it)."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -66,3 +67,13 @@ def read_losses(path: Path) -> dict[int, dict[str, Any]]:
 def losses(tmp_path: Path) -> Callable[..., dict[int, dict[str, Any]]]:
     """A function that reads the losses that a run of this test recorded."""
     return lambda name="losses.0": read_losses(tmp_path / name)
+
+
+@pytest.fixture(scope="session")
+def mini_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight training and two held-out images of mini data, to read only; `$PIIP_DATA` is the folder's parent."""
+    spec = importlib.util.spec_from_file_location("make_mini_data", ROOT / "tools" / "make_mini_data.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module.make_mini_data(tmp_path_factory.mktemp("data") / "mini", train=8, val=2)

@@ -1,6 +1,5 @@
 """The mini detectors of `mmdetection/configs/piip/mini` through the command line, on mini data."""
 
-import importlib.util
 import signal
 import sys
 from pathlib import Path
@@ -15,19 +14,10 @@ VIT = MINI / "mask_rcnn_mini_vit-tsb_192_144_96.py"
 CONVNEXT = MINI / "mask_rcnn_mini_convnext-tsb_192_144_96_regular-fpn.py"
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    spec = importlib.util.spec_from_file_location("make_mini_data", ROOT / "tools" / "make_mini_data.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module.make_mini_data(tmp_path_factory.mktemp("data") / "mini", train=8, val=2)
-
-
 @pytest.fixture
-def config(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch):
+def config(tmp_path: Path, mini_data: Path, monkeypatch: pytest.MonkeyPatch):
     """A function that writes a config based on a mini one; the mini data is where it looks for it."""
-    monkeypatch.setenv("PIIP_DATA", str(data.parent))
+    monkeypatch.setenv("PIIP_DATA", str(mini_data.parent))
 
     def write(base: Path, text: str) -> Path:
         path = tmp_path / "config.py"

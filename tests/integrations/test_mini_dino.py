@@ -1,6 +1,5 @@
 """The mini DINO of `mmdetection/configs/piip/mini`, on mini data."""
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -32,17 +31,8 @@ train_cfg = dict(max_epochs=1, val_interval=1)
 """
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    spec = importlib.util.spec_from_file_location("make_mini_data", ROOT / "tools" / "make_mini_data.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module.make_mini_data(tmp_path_factory.mktemp("data") / "mini", train=8, val=2)
-
-
-def test_trains_and_evaluates(data, tool, losses, tmp_path, monkeypatch):
-    monkeypatch.setenv("PIIP_DATA", str(data.parent))
+def test_trains_and_evaluates(mini_data, tool, losses, tmp_path, monkeypatch):
+    monkeypatch.setenv("PIIP_DATA", str(mini_data.parent))
     path = tmp_path / "config.py"
     path.write_text(RECORDED)
     run = tool(sys.executable, TOOLS / "train.py", path, "--work-dir", "run")
