@@ -56,11 +56,11 @@ $(STAMP): setup.py $(CONSTRAINTS) $(OPENCV)/pyproject.toml Makefile $(addsuffix 
 	@echo "==> 2/3 packages, in the versions of $(CONSTRAINTS) (a few GB the first time, most of it torch)"
 	@$(BIN)/python -c 'import importlib.metadata as m; import sys; sys.exit("headless" not in m.version("opencv-python"))' \
 		2>/dev/null || $(BIN)/python -m pip uninstall -q -y opencv-python opencv-python-headless 2>/dev/null
-	@touch $(BUSY); $(PIP_INSTALL) --build-constraint $(CONSTRAINTS) ./$(OPENCV) -e '.[det,dev]'; \
+	@touch $(BUSY); $(PIP_INSTALL) --build-constraint $(CONSTRAINTS) ./$(OPENCV) -e '.[all]'; \
 		status=$$?; [ $$status -gt 128 ] || rm -f $(BUSY); exit $$status
 	@echo "==> 3/3 check"
 	@$(BIN)/python -m pip check
-	@$(BIN)/python -c 'import cv2, mmcv, mmdet, piip; print("piip", piip.__version__, "is ready")'
+	@$(BIN)/python -c 'import cv2, mmcv, mmdet, mmseg, transformers, piip; print("piip", piip.__version__, "is ready")'
 	@echo "$(CURDIR) $$($(BIN)/python -c '$(MINOR)')" > $@
 
 demo: setup ## train, evaluate and draw with a small three-branch detector on real images (CPU, about 10 minutes)

@@ -19,9 +19,18 @@ MM_CORE = ["onedl-mmengine>=0.10.12", "onedl-mmcv>=2.3.6", "torchvision"]
 EXTRAS = {
     "det": [*MM_CORE, "onedl-mmdetection>=3.5.1", "pycocotools>=2.0.8"],
     "seg": [*MM_CORE, "onedl-mmsegmentation>=1.4.2"],
-    "cls": ["torchvision"],
-    "llava": ["transformers>=4.57", "accelerate>=1.0", "sentencepiece>=0.2", "pillow"],
+    "cls": ["torchvision", "tensorboard>=2.19"],
+    "llava": [
+        "transformers>=4.57",
+        "accelerate>=1.0",
+        "peft>=0.17",
+        "sentencepiece>=0.2",
+        "tensorboard>=2.19",
+        "pillow",
+    ],
     "train": ["deepspeed>=0.19"],
+    "demo": ["gradio>=6"],
+    "export": ["onnx>=1.19", "onnxruntime>=1.23", "onnxscript>=0.5"],
     "dev": [
         # tests
         "pytest>=9",
@@ -38,6 +47,7 @@ EXTRAS = {
         "ruff>=0.17",
     ],
 }
+# Everything that the tests run on.
 EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 
 
