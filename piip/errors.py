@@ -15,6 +15,6 @@ class CheckpointError(RuntimeError):
 def unknown(kind: str, name: object, known: Iterable[str]) -> str:
     """Return one line for an unknown name: the nearest known ones first, then all of them."""
     known = list(known)
-    near = difflib.get_close_matches(str(name), known, n=3)
+    near = difflib.get_close_matches(str(name), known, n=3) or [k for k in known if name and str(name) in k][:3]
     hint = f" (did you mean {' or '.join(near)}?)" if near else ""
     return f"unknown {kind} {name!r}{hint}; known: {', '.join(known)}"

@@ -1,0 +1,183 @@
+"""What was published: the rows of the papers' tables, and where their files and the pretrained branches come from.
+
+Everything that shows these figures (README tables, `tools/get_flops.py`, `tools/download.py`, model cards) reads them
+here. Accuracies, #Param and #FLOPs are the authors' (README of OpenGVLab/PIIP); none of them was measured with this
+code.
+"""
+
+import csv
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from piip.errors import SpecError, unknown
+
+HUB = "OpenGVLab/PIIP"
+"""The repository on the Hugging Face hub that holds the released detectors, segmentors and classifiers."""
+
+ENDPOINT = "https://huggingface.co"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A published table.
+
+    Attributes:
+        title: Its heading.
+        metrics: Names of the accuracies, in the order of `Row.metrics`.
+        origin: What they were measured on.
+        task: Folder of the task's configs and tools in this repository.
+        model: What a row's spec becomes: a dense backbone, a classifier, or LLaVA's vision tower.
+        convention: How the costs were counted, see `piip.budget.published`.
+        log: Name of a released log: what follows the config's name in it; its link is to the raw text where `raw`.
+        raw: Whether logs are text that the hub shows.
+    """
+
+    title: str
+    metrics: tuple[str, ...]
+    origin: str
+    task: str
+    model: Literal["dense", "classifier", "tower"] = "dense"
+    convention: Literal["classification", "detection", "llava"] = "classification"
+    folder: str = ""
+    log: str = ".log.json"
+    raw: bool = True
+
+
+_AP: dict[str, Any] = {
+    "metrics": ("box AP", "mask AP"),
+    "origin": "COCO val2017",
+    "task": "mmdetection",
+    "folder": "detection",
+}
+_BENCHMARKS = ("MMB-EN", "MM-Vet", "TextVQA", "SQA-I", "GQA", "VQAv2", "SEED-I", "POPE", "average")
+TABLES: dict[str, Table] = {
+    "coco": Table("COCO, Mask R-CNN, 1x", **_AP),
+    "variants": Table("COCO, other pretraining and heads", **_AP),
+    "speedup": Table("COCO, faster form", **_AP),
+    "convnext": Table("COCO, ConvNeXt and ViT branches, Mask R-CNN, 1x", **_AP, convention="detection", log=".log"),
+    "ade20k": Table(
+        "ADE20K, UperNet, 80k", ("mIoU",), "ADE20K val", "mmsegmentation", folder="segmentation", log=".log"
+    ),
+    "imagenet": Table(
+        "ImageNet-1K",
+        ("top-1",),
+        "ImageNet-1K val",
+        "classification",
+        "classifier",
+        folder="classification",
+        log=".txt",
+        raw=False,
+    ),
+    "llava": Table("Multimodal understanding", _BENCHMARKS, "the benchmarks' own sets", "llava", "tower", "llava"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a published table.
+
+    Attributes:
+        table: Its table, a key of `TABLES`.
+        backbone: What the table calls the model.
+        spec: The row of `piip.zoo.specs` that describes it.
+        resolution: Image sides, the largest first.
+        metrics: Published accuracies in the table's order; None where the table has none.
+        config: Path of the config in this repository; empty where the original has none.
+        params: Published #Param in millions, None where the table has none.
+        flops: Published #FLOPs (multiply-adds) in 1e9, None where the table has none.
+        head: Detector or segmentor.
+        pretraining: What the branches were pretrained on.
+        schedule: Training schedule.
+        options: Options of the model, beside the spec.
+        released: Whether weights were released, in the table's folder of `HUB` under the config's name.
+        repository: A hub repository of its own that holds the weights.
+        language_model: What reads the tower's tokens.
+        note: Why a cost that is counted here is not the published one.
+    """
+
+    table: str
+    backbone: str
+    spec: str
+    resolution: str
+    metrics: tuple[float | None, ...]
+    config: str
+    params: float | None = None
+    flops: float | None = None
+    head: str = ""
+    pretraining: str = ""
+    schedule: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    released: bool = True
+    repository: str = ""
+    language_model: str = ""
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        """Name of the config, of the released files and in command lines."""
+        return (self.config.removesuffix(".py") or self.repository or self.backbone).rpartition("/")[2]
+
+    @property
+    def weights(self) -> str | None:
+        """Path of the released weights inside `HUB`, None without such a file."""
+        return f"{TABLES[self.table].folder}/{self.name}.pth" if self.released and not self.repository else None
+
+    @property
+    def weights_url(self) -> str | None:
+        """Link to the released weights, a file or a repository."""
+        if self.repository:
+            return f"{ENDPOINT}/{self.repository}"
+        return self.weights and f"{ENDPOINT}/{HUB}/resolve/main/{self.weights}"
+
+    @property
+    def log_url(self) -> str | None:
+        """Link to the released training log."""
+        table = TABLES[self.table]
+        kind = "raw" if table.raw else "resolve"
+        return self.weights and f"{ENDPOINT}/{HUB}/{kind}/main/{table.folder}/{self.name}{table.log}"
+
+
+def _read(cells: Mapping[str, str]) -> Row:
+    def numbers(text: str) -> tuple[float | None, ...]:
+        return tuple(None if value == "-" else float(value) for value in text.split())
+
+    options = dict(part.split("=") for part in cells["options"].split(";") if part)
+    return Row(
+        **{key: cells[key] for key in ("table", "backbone", "spec", "head", "pretraining", "resolution", "schedule")},
+        **{key: cells[key] for key in ("language_model", "config", "note")},
+        metrics=numbers(cells["metrics"]),
+        params=float(cells["params"]) if cells["params"] else None,
+        flops=float(cells["flops"]) if cells["flops"] else None,
+        options={key: tuple(map(_number, value.split())) for key, value in options.items()},
+        released=bool(cells["weights"]),
+        repository=cells["weights"] if "/" in cells["weights"] else "",
+    )
+
+
+def _number(text: str) -> float:
+    return float(text) if "." in text else int(text)
+
+
+with Path(__file__).with_suffix(".csv").open(encoding="utf-8", newline="") as _file:
+    ROWS: tuple[Row, ...] = tuple(map(_read, csv.DictReader(_file)))
+"""The published rows, in the order of the papers' tables (`released.csv` beside this file)."""
+
+
+@cache
+def _by_name() -> dict[str, Row]:
+    names = {alias: row for row in reversed(ROWS) for alias in (row.spec, row.name, row.config) if alias}
+    return names | {row.repository: row for row in ROWS if row.repository}
+
+
+def find_row(name: str) -> Row:
+    """Return a row by its config's name or path, its spec, or its hub repository; the first one that fits.
+
+    Raises:
+        SpecError: There is no such row; the message lists the nearest names.
+    """
+    if name not in _by_name():
+        raise SpecError(unknown("row", name, list(_by_name())))
+    return _by_name()[name]
