@@ -82,7 +82,7 @@ setup(
     python_requires=">=3.10",
     packages=packages,
     package_dir=package_dir,
-    package_data={"piip": ["py.typed"]},
+    package_data={"piip": ["py.typed", "zoo/*.csv"]},
     install_requires=["torch>=2.6", "timm>=1.0.20"],
     extras_require=EXTRAS,
 )
