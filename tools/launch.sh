@@ -52,3 +52,41 @@ tasks() {
         --ntasks-per-node="$per_node" --cpus-per-task="${CPUS_PER_TASK:-5}" --kill-on-bad-exit=1 ${SRUN_ARGS:-} \
         "$python" -u "$@" --launcher slurm
 }
+
+# What the scripts of a task folder are, whose train.py and test.py lie in the folder $here.
+
+dist_train() {
+    [ $# -ge 2 ] || fail "usage: dist_train.sh CONFIG GPUS [options of train.py]"
+    config=$1 gpus=$2
+    shift 2
+    processes "$gpus" "$here/train.py" "$config" "$@"
+}
+
+dist_test() {
+    [ $# -ge 3 ] || fail "usage: dist_test.sh CONFIG CHECKPOINT GPUS [options of test.py]"
+    config=$1 checkpoint=$2 gpus=$3
+    shift 3
+    processes "$gpus" "$here/test.py" "$config" "$checkpoint" "$@"
+}
+
+slurm_train() {
+    [ $# -ge 3 ] || fail "usage: slurm_train.sh PARTITION JOB_NAME CONFIG [WORK_DIR] [options of train.py]"
+    partition=$1 job=$2 config=$3
+    shift 3
+    case ${1:--} in
+    -*) ;;
+    *)
+        work_dir=$1
+        shift
+        set -- --work-dir "$work_dir" "$@"
+        ;;
+    esac
+    tasks "$partition" "$job" "$here/train.py" "$config" "$@"
+}
+
+slurm_test() {
+    [ $# -ge 4 ] || fail "usage: slurm_test.sh PARTITION JOB_NAME CONFIG CHECKPOINT [options of test.py]"
+    partition=$1 job=$2 config=$3 checkpoint=$4
+    shift 4
+    tasks "$partition" "$job" "$here/test.py" "$config" "$checkpoint" "$@"
+}

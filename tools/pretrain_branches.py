@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from mmengine.config import Config
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
 
 from piip.branches import Branch
+from piip.integrations.config import read_config
 from piip.zoo.specs import build_branch, resolve_spec
 
 
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    spec = resolve_spec(Config.fromfile(args.config).model.backbone.spec.to_dict())
+    spec = resolve_spec(read_config(args.config).model.backbone.spec.to_dict())
     for i, branch_spec in enumerate(spec.branches):
         if branch_spec.weights is None:
             continue

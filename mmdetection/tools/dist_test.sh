@@ -4,8 +4,4 @@
 here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)
 . "$here/../../tools/launch.sh"
 python=$(find_python "$here/../..")
-
-[ $# -ge 3 ] || fail "usage: dist_test.sh CONFIG CHECKPOINT GPUS [options of test.py]"
-config=$1 checkpoint=$2 gpus=$3
-shift 3
-processes "$gpus" "$here/test.py" "$config" "$checkpoint" "$@"
+dist_test "$@"

@@ -4,8 +4,4 @@
 here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)
 . "$here/../../tools/launch.sh"
 python=$(find_python "$here/../..")
-
-[ $# -ge 2 ] || fail "usage: dist_train.sh CONFIG GPUS [options of train.py]"
-config=$1 gpus=$2
-shift 2
-processes "$gpus" "$here/train.py" "$config" "$@"
+dist_train "$@"

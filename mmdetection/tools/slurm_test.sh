@@ -4,8 +4,4 @@
 here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)
 . "$here/../../tools/launch.sh"
 python=$(find_python "$here/../..")
-
-[ $# -ge 4 ] || fail "usage: slurm_test.sh PARTITION JOB_NAME CONFIG CHECKPOINT [options of test.py]"
-partition=$1 job=$2 config=$3 checkpoint=$4
-shift 4
-tasks "$partition" "$job" "$here/test.py" "$config" "$checkpoint" "$@"
+slurm_test "$@"

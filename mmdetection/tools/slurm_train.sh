@@ -4,16 +4,4 @@
 here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)
 . "$here/../../tools/launch.sh"
 python=$(find_python "$here/../..")
-
-[ $# -ge 3 ] || fail "usage: slurm_train.sh PARTITION JOB_NAME CONFIG [WORK_DIR] [options of train.py]"
-partition=$1 job=$2 config=$3
-shift 3
-case ${1:--} in
--*) ;;
-*)
-    work_dir=$1
-    shift
-    set -- --work-dir "$work_dir" "$@"
-    ;;
-esac
-tasks "$partition" "$job" "$here/train.py" "$config" "$@"
+slurm_train "$@"

@@ -17,7 +17,7 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
 
 from piip.errors import CheckpointError, SpecError
-from piip.integrations import mmcv_ops
+from piip.integrations.config import read_config
 from piip.integrations.preflight import RunError, check_classes, check_data, claim_work_dir
 from piip.integrations.runtime import start_distributed
 
@@ -130,11 +130,7 @@ def load_config(args: argparse.Namespace) -> Config:
     Raises:
         RunError: There is no such file.
     """
-    if not Path(args.config).is_file():
-        raise RunError(f"there is no config {args.config} (seen from {Path.cwd()})")
-    mmcv_ops.install()  # before mmdet or mmseg is imported, whatever the config imports first
-    cfg = Config.fromfile(args.config)
-    cfg.merge_from_dict(args.cfg_options)
+    cfg = read_config(args.config, args.cfg_options)
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs", Path(args.config).stem))
     cfg.setdefault("runner_type", "PIIPRunner")

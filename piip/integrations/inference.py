@@ -15,8 +15,8 @@ from mmengine.model import BaseModel, revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
 
-from piip.integrations import mmcv_ops
 from piip.integrations.cli import checkpoint_path
+from piip.integrations.config import read_config
 from piip.integrations.images import read_image
 from piip.integrations.preflight import RunError, check_heads, inner_datasets
 from piip.integrations.runtime import explained_mismatch
@@ -90,11 +90,7 @@ def load_detector(
         CheckpointError: The checkpoint cannot be read, or does not fit the model.
     """
     place = _device(device)
-    if not Path(config).is_file():
-        raise RunError(f"there is no config {config} (seen from {Path.cwd()})")
-    mmcv_ops.install()
-    cfg = Config.fromfile(config)
-    cfg.merge_from_dict(dict(options or {}))
+    cfg = read_config(config, options)
     if cfg.get("default_scope") != "mmdet" or "test_dataloader" not in cfg:
         raise RunError(f"{config} is no detector's config: it needs mmdet as its default_scope, and a test_dataloader")
     init_default_scope("mmdet")

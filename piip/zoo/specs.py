@@ -266,6 +266,18 @@ def _speedup(spec: PyramidSpec) -> PyramidSpec:
     return replace(spec, branches=branches, proj=False, norm=False)
 
 
+def _segmentor(letters: str, *resolutions: int) -> PyramidSpec:
+    """A pyramid with InternViT-6B in the form of the released segmentors: position tables are as large as each
+    branch's image, whatever the pretrained file holds.
+    """
+    spec = _speedup(_row(_INTERNVIT, letters, *resolutions))
+    grids = ((b.resolution // 16, b.resolution // 16) for b in spec.branches)
+    branches = (
+        replace(b, options={**b.options, "pos_grid": grid}) for b, grid in zip(spec.branches, grids, strict=True)
+    )
+    return replace(spec, branches=tuple(branches))
+
+
 SPECS: dict[str, PyramidSpec] = {
     # COCO, Mask R-CNN 1x: ViTDet baselines with every third block global, pyramids windowed throughout
     "deit3-b-1024": _row(_DEIT, "b", 1024, window=14, global_every=3),
@@ -302,6 +314,18 @@ SPECS: dict[str, PyramidSpec] = {
     "vt-cs-vb-1024-672-448": _row(_HYBRID, ("vt", "cs", "vb"), 1024, 672, 448),
     "vt-cs-cb-1024-672-448": _row(_HYBRID, ("vt", "cs", "cb"), 1024, 672, 448),
     "vt-vs-cb-1024-672-448": _row(_HYBRID, ("vt", "vs", "cb"), 1024, 672, 448),
+    # ADE20K, UperNet, 80k: released, all attention global
+    "internvit-6b-512": _segmentor("6", 512),
+    "internvit-h6b-512-192": _segmentor("h6", 512, 192),
+    "internvit-h6b-512-256": _segmentor("h6", 512, 256),
+    "internvit-h6b-512-384": _segmentor("h6", 512, 384),
+    "internvit-h6b-512-512": _segmentor("h6", 512, 512),
+    # ADE20K, UperNet, 160k: of the paper alone, see mmsegmentation/README.md. The second branch gets the image itself,
+    # the first, the largest, an enlarged one.
+    "deit3-b-640": _row(_DEIT, "b", 640, window=14, global_every=3),
+    "deit3-l-640": _row(_DEIT, "l", 640, window=14, global_every=3),
+    "deit3-tsb-896-448-336": _row(_DEIT, "tsb", 896, 448, 336, window=14, input_resolution=448),
+    "deit3-sbl-1120-448-336": _row(_DEIT, "sbl", 1120, 448, 336, window=28, input_resolution=448),
 }
 for _name in ("augreg-sbl-1568-1120-672", "internvit-h6b-1024-512"):
     SPECS[f"{_name}-speedup"] = _speedup(SPECS[_name])

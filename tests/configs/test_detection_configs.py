@@ -2,8 +2,6 @@
 
 import ast
 import functools
-import gzip
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +16,23 @@ import piip.integrations.mmengine  # noqa: F401, I001  (stands in for mmcv's com
 from mmcv.transforms import Compose
 from mmdet.registry import MODELS
 from mmengine.config import Config
-from mmengine.optim import build_optim_wrapper
 from mmengine.registry import init_default_scope
 
-from timm.layers import LayerScale, Mlp, RmsNorm
-from translate import BRANCHES, branch_class
+from published import (
+    REFERENCE,
+    check_branches,
+    check_interactions,
+    check_layer_decay,
+    check_released,
+    check_released_backbone,
+    recipes,
+    shared,
+    step,
+)
 
-from piip.branches import Branch, ViTBranch, create_branch
-from piip.checkpoint import released_names, released_shapes, unread_shapes
-from piip.zoo.specs import PyramidSpec, build_branch, resolve_spec
+from piip.zoo.specs import PyramidSpec, resolve_spec
 
 ROOT = Path(__file__).resolve().parents[2]
-REFERENCE = ROOT / "tests" / "reference"
 CONFIGS = {
     path.stem: path
     for path in sorted((ROOT / "mmdetection/configs/piip").glob("*/*.py"))
@@ -38,17 +41,6 @@ CONFIGS = {
 LAYER_DECAY = [p.name.split(".")[0] for p in sorted((REFERENCE / "layer_decay").iterdir())]
 FULL = [p.name.split(".")[0] for p in sorted((REFERENCE / "full_manifests").iterdir())]
 DINO_CLIPPING = {"max_norm": 0.1, "norm_type": 2}
-# The original's classes, by the spec's attention.
-ATTENTION = {"deform": "deformable", "normal": "regular"}
-
-
-def reference(folder: str, name: str) -> dict[str, Any]:
-    return json.loads(gzip.decompress((REFERENCE / folder / f"{name}.json.gz").read_bytes()))
-
-
-@functools.cache
-def recipes() -> dict[str, Any]:
-    return json.loads(gzip.decompress((REFERENCE / "recipes.json.gz").read_bytes()))
 
 
 @functools.cache
@@ -103,22 +95,13 @@ def test_config_is_short_and_says_how_to_run_it(name):
 
 @every_form
 def test_parameters_are_those_of_the_released_file(form):
-    expected = reference("manifests", form)
-    shapes = {name: tuple(shape) for name, shape in expected["parameters"].items()}
-    shapes |= {name: tuple(shape) for name, (shape, _) in expected["buffers"].items()}
-    assert released_shapes(detector(form).backbone) == shapes
+    check_released_backbone(detector(form).backbone, form)
 
 
 # DINO's names differ beyond the backbone, see test_dino_configs.py.
 @pytest.mark.parametrize("form", [form for form in in_ours(FULL) if not form.startswith("dino")])
 def test_whole_detectors_are_those_of_the_released_file(form):
-    expected = {name: tuple(shape) for name, shape in reference("full_manifests", form)["state_dict"].items()}
-    model = detector(form)
-    shapes = {
-        name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if not name.startswith("backbone.")
-    }
-    shapes |= {f"backbone.{name}": shape for name, shape in released_shapes(model.backbone).items()}
-    assert shapes == expected
+    check_released(detector(form), form)
 
 
 def test_whole_detectors_are_compared_for_a_pyramid_and_a_baseline():
@@ -130,62 +113,7 @@ def test_whole_detectors_are_compared_for_a_pyramid_and_a_baseline():
 
 @pytest.mark.parametrize("form", in_ours(LAYER_DECAY))
 def test_learning_rate_and_weight_decay_of_every_parameter(form):
-    expected = reference("layer_decay", form)
-    model = detector(form)
-    optimizer = build_optim_wrapper(model, load(form.partition("__")[0]).optim_wrapper).optimizer
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    released = {f"backbone.{ours}": f"backbone.{name}" for ours, name in released_names(model.backbone).items()}
-    groups = {
-        released.get(names[id(parameter)], names[id(parameter)]): (group["lr"], group["weight_decay"])
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }
-    assert len(groups) == len(names)
-    # The list's names outside the backbone are samples, of which some are made up.
-    wanted = {
-        name: (expected["optimizer"]["lr"] * scale, decay)
-        for name, (scale, decay) in expected["params"].items()
-        if name.startswith("backbone.")
-    }
-    unread = {f"backbone.{name}" for name in unread_shapes(model.backbone)}
-    assert {name for name in groups if name.startswith("backbone.")} == set(wanted) - unread
-    for name, values in wanted.items():
-        if name in unread:
-            continue
-        assert groups[name] == pytest.approx(values, rel=1e-9), name
-    for name, (lr, decay) in groups.items():
-        if name not in wanted:
-            no_decay = "constructor" in expected["optimizer"] and model.get_parameter(name).ndim == 1
-            assert (lr, decay) == (expected["optimizer"]["lr"], 0 if no_decay else 0.05), name
-
-
-def branch_settings(branch: Branch) -> dict[str, Any]:
-    """What a branch is, beside its weights and its drop path."""
-    settings: dict[str, Any] = {
-        "dims": branch.dims,
-        "strides": branch.strides,
-        "parameters": {name: tuple(parameter.shape) for name, parameter in branch.named_parameters()},
-        "layer_scale": {m.init_values for m in branch.modules() if isinstance(m, LayerScale)},
-        "norms": {(type(m), m.eps) for m in branch.modules() if isinstance(m, (torch.nn.LayerNorm, RmsNorm))},
-        "activations": {type(m.act) for m in branch.modules() if isinstance(m, Mlp)},
-    }
-    if isinstance(branch, ViTBranch):
-        settings |= {key: getattr(branch, key) for key in ("family", "patch_size", "pos_grid", "pos_prefix")}
-        attention = [block.attn for block in branch.blocks]
-        settings["attention"] = [(a.num_heads, a.window, a.rel_pos) for a in attention]
-        settings["window_pad"] = {a.window_pad for a in attention if a.window}
-    return settings
-
-
-def drop_rates(branch: Branch) -> list[float]:
-    blocks = branch.blocks if isinstance(branch, ViTBranch) else [b for stage in branch.stages for b in stage.blocks]
-    paths = [getattr(block, "drop_path1", None) or block.drop_path for block in blocks]
-    return [getattr(path, "drop_prob", 0.0) for path in paths]
-
-
-def original_drop_rates(kind: str, values: dict[str, Any], depth: int) -> list[float]:
-    rate = values.get("drop_path_rate", 0.0)
-    return [rate] * depth if kind == "vit_models" else torch.linspace(0, rate, depth, dtype=torch.float64).tolist()
+    check_layer_decay(detector(form), load(form.partition("__")[0]).optim_wrapper, form)
 
 
 def resolved(name: str) -> PyramidSpec:
@@ -194,78 +122,12 @@ def resolved(name: str) -> PyramidSpec:
 
 @every_config
 def test_branches_are_those_of_the_recipe(name):
-    original = recipes()[name]["backbone"]
-    spec, pretrained = resolved(name), load(name).model.backbone.pretrained
-    listed = [original[f"branch{i + 1}"] for i in range(9) if f"branch{i + 1}" in original]
-    single = not listed
-    listed = listed or [original]
-    assert len(spec.branches) == len(listed)
-    for branch_spec, values in zip(spec.branches, listed, strict=True):
-        kind = values["type"] if single else branch_class(values["pretrained"])
-        arch, options, _ = BRANCHES[kind]("det", values, {})
-        with torch.device("meta"):
-            ours, theirs = build_branch(branch_spec), create_branch(arch, **options)
-        assert branch_settings(ours) == branch_settings(theirs)
-        rates = drop_rates(ours)
-        assert rates == pytest.approx(original_drop_rates(kind, values, len(rates)), abs=1e-6)
-        if kind.startswith("ConvN"):
-            assert branch_spec.weights == f"{values['pretrained'].removeprefix('facebook/')}/pytorch_model.bin"
-        else:
-            assert f"{pretrained}/{branch_spec.weights}" == values["pretrained"].removeprefix("./")
-    cuts = detector(forms(name)[-1]).backbone.pyramid.cuts
-    if single:
-        return
-    assert [b.resolution for b in spec.branches] == [v["real_size"] for v in listed]
-    for cut, values in zip(cuts, listed, strict=True):
-        assert cut == [(first, last + 1) for first, last in values["interaction_indexes"]]
+    check_branches(resolved(name), load(name).model.backbone.pretrained, recipes()[name]["backbone"], "det")
 
 
 @every_config
 def test_interactions_are_those_of_the_recipe(name):
-    original = recipes()[name]["backbone"]
-    if "branch1" not in original:
-        assert len(resolved(name).branches) == 1
-        return
-    spec = resolved(name)
-    assert {
-        "attention": ATTENTION[original["interact_attn_type"]],
-        "heads": original["deform_num_heads"],
-        "points": original["n_points"],
-        "value_ratio": original["deform_ratio"],
-        "ffn_ratio": original["cffn_ratio"],
-        "drop_path": original["interaction_drop_path_rate"],
-        "proj": original.get("interaction_proj", True),
-        "norm": original.get("norm_layer", "LayerNorm") != "none",
-        "interactions": len(original["branch1"]["interaction_indexes"]),
-    } == {
-        key: getattr(spec, key)
-        for key in (
-            "attention",
-            "heads",
-            "points",
-            "value_ratio",
-            "ffn_ratio",
-            "drop_path",
-            "proj",
-            "norm",
-            "interactions",
-        )
-    }
-    model = detector(forms(name)[-1]).backbone
-    assert model.pyramid.output_branch == len(spec.branches) - 1
-    assert model.pyramid.input_resolution == spec.branches[-1].resolution
-
-
-def step(pipeline: list[dict], kind: str) -> dict:
-    (found,) = [transform for transform in pipeline if transform["type"] == kind]
-    return found
-
-
-def shared(ours: Any, theirs: Any) -> Any:
-    """Ours, cut down to the keys that theirs has."""
-    if isinstance(theirs, dict):
-        return {key: shared(ours.get(key), value) for key, value in theirs.items()}
-    return ours
+    check_interactions(detector(forms(name)[-1]).backbone, recipes()[name]["backbone"])
 
 
 # What the original does in its pipeline, mmdet 3 does in the data preprocessor.

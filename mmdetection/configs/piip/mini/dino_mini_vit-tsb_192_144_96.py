@@ -3,19 +3,13 @@
 sh tools/dist_train.sh configs/piip/mini/dino_mini_vit-tsb_192_144_96.py 1
 """
 
-_base_ = ["../../_base_/dino_4scale.py", "../../_base_/mini_coco.py"]
-vit = dict(depth=4, patch_size=8, pos_grid=(8, 8), layer_scale=1.0, num_heads=4)
-branches = [
-    dict(arch="vit", resolution=96, options=dict(embed_dim=128, **vit)),
-    dict(arch="vit", resolution=144, window=9, options=dict(embed_dim=96, **vit)),
-    dict(arch="vit", resolution=192, window=12, options=dict(embed_dim=64, **vit)),
-]
+_base_ = ["../../_base_/dino_4scale.py", "../../_base_/mini_coco.py", "../../_base_/mini_vit.py"]
 deformable = dict(embed_dims=64)
 ffn = dict(embed_dims=64, feedforward_channels=128)
 model = dict(
     num_queries=50,
     data_preprocessor=dict(pad_size_divisor=32),
-    backbone=dict(spec=dict(branches=branches, interactions=4, heads=4, drop_path=0.0)),
+    backbone=dict(spec=_base_.mini_pyramid),
     neck=dict(in_channels=[128] * 3, out_channels=64),
     positional_encoding=dict(num_feats=32),
     encoder=dict(num_layers=2, layer_cfg=dict(self_attn_cfg=deformable, ffn_cfg=ffn)),

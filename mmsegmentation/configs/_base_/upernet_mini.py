@@ -1,0 +1,16 @@
+"""UperNet shrunk to the mini data: eleven classes, images of 192 pixels, digits of 10 to 97 pixels."""
+
+_base_ = ["./upernet.py", "./mini_ade.py"]
+model = dict(
+    data_preprocessor=dict(mean=[127.5] * 3, std=[127.5] * 3, size=(192, 192)),
+    decode_head=dict(channels=64, dropout_ratio=0.0, num_classes=11),
+    auxiliary_head=dict(channels=64, dropout_ratio=0.0, num_classes=11),
+    test_cfg=dict(_delete_=True, mode="whole"),
+)
+optim_wrapper = dict(optimizer=dict(lr=1e-3), paramwise_cfg=dict(layer_decay_rate=1.0), clip_grad=dict(max_norm=5.0))
+train_cfg = dict(max_iters=450, val_interval=450)
+param_scheduler = [
+    dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=50),
+    dict(type="PolyLR", power=1.0, eta_min=0.0, by_epoch=False, begin=0, end=450),
+]
+default_hooks = dict(checkpoint=dict(interval=75), logger=dict(interval=25))

@@ -1,0 +1,7 @@
+#!/bin/sh
+# Train as a Slurm job; GPUS (8), GPUS_PER_NODE (8), CPUS_PER_TASK (5) and SRUN_ARGS are read from the environment.
+#     sh tools/slurm_train.sh PARTITION JOB_NAME CONFIG [WORK_DIR] [options of train.py]
+here=$(CDPATH= cd -- "$(dirname -- "$0")" && pwd)
+. "$here/../../tools/launch.sh"
+python=$(find_python "$here/../..")
+slurm_train "$@"
