@@ -11,7 +11,7 @@ import re
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from piip.attention import SelfAttention, relative_position_index
 from piip.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from piip.models import DensePyramid
+    from piip.models import PyramidModel
 
 State = dict[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
@@ -42,13 +42,21 @@ PYRAMID_RULES = (
     ("fpn.levels.up4.*", "fpn1.*"),
     ("fpn.levels.up2.*", "fpn2.*"),
     ("fpn.levels.{i}.*", "fpn{i+1}.*"),
+    ("norm.{i}.*", "branch{i+1}.norm.*"),
+    ("head.{i}.*", "branch{i+1}.head.*"),
+    ("norm.*", "cls_norm.*"),
+    ("head.*", "cls_head.*"),
 )
-# A single branch is released as the bare network with its own FPN.
+# A single branch is released as the bare network with its own FPN or head.
 SINGLE_RULES = (
     ("pyramid.branches.0.*", "*"),
     ("fpn.levels.up4.*", "up1.*"),
     ("fpn.levels.up2.*", "up2.*"),
+    ("norm.0.*", "norm.*"),
+    ("head.0.*", "head.*"),
 )
+# A classifier's last layers, under our names and released ones.
+HEAD = re.compile(r"(?:^|\.|cls_)head\.(?:\d+\.)?(?:weight|bias)$")
 INJECTOR_RULES = (("ffn.dwconv.*", "ffn.dwconv.dwconv.*"),)
 LAYER_SCALE_RULES = (
     ("blocks.{k}.ls1.gamma", "blocks.{k}.gamma_1"),
@@ -103,8 +111,8 @@ def _fill(target: str, values: dict[str, str]) -> str:
     return re.sub(r"{(\w)(?:\+(\d))?}", lambda m: str(int(values[m[1]]) + int(m[2] or 0)), target)
 
 
-def released_names(model: "DensePyramid") -> dict[str, str]:
-    """Return the released name of each parameter and buffer of a `DensePyramid`, by our name."""
+def released_names(model: "PyramidModel") -> dict[str, str]:
+    """Return the released name of each parameter and buffer of a model, by our name."""
     branches = model.pyramid.branches
     names = {}
     for name in model.state_dict():
@@ -121,7 +129,7 @@ def released_names(model: "DensePyramid") -> dict[str, str]:
     return names
 
 
-def unread_shapes(model: "DensePyramid") -> Shapes:
+def unread_shapes(model: "PyramidModel") -> Shapes:
     """Return name and shape of the tensors that a released file of this model holds and nothing reads."""
     branches = model.pyramid.branches
     shapes: Shapes = {}
@@ -134,15 +142,16 @@ def unread_shapes(model: "DensePyramid") -> Shapes:
             if isinstance(module, SelfAttention) and module.rel_pos:  # follows from the window
                 shapes[f"{prefix}{name}.relative_position_index"] = (module.rel_pos**2, module.rel_pos**2)
     # The original's three-branch class builds the scale-4 level for DINO too, and never calls it.
-    if len(branches) == 3 and model.scales and 4 not in model.scales:
-        dim = model.out_channels[0]
+    scales = getattr(model, "scales", ())
+    if len(branches) == 3 and scales and 4 not in scales:
+        dim = branches[0].dims[-1]
         for layer, weight in (("0", (dim, dim, 2, 2)), ("1", (dim,)), ("3", (dim, dim, 2, 2))):
             shapes[f"fpn1.{layer}.weight"] = weight
             shapes[f"fpn1.{layer}.bias"] = (dim,)
     return shapes
 
 
-def released_shapes(model: "DensePyramid") -> Shapes:
+def released_shapes(model: "PyramidModel") -> Shapes:
     """Return name and shape of every tensor that a released file of this model holds."""
     names = released_names(model)
     state = model.state_dict()
@@ -164,7 +173,7 @@ def _unread_value(name: str, shape: tuple[int, ...]) -> Tensor:
     return torch.zeros(shape)
 
 
-def from_released(model: "DensePyramid", state: Mapping[str, Tensor]) -> State:
+def from_released(model: "PyramidModel", state: Mapping[str, Tensor]) -> State:
     """Bring a complete released state to our names; what nothing reads is kept aside on the model.
 
     Raises:
@@ -175,15 +184,23 @@ def from_released(model: "DensePyramid", state: Mapping[str, Tensor]) -> State:
     return {ours: _our_form(released, state[released]) for ours, released in released_names(model).items()}
 
 
-def to_released(model: "DensePyramid", state: Mapping[str, Tensor] | None = None) -> State:
+def to_released(model: "PyramidModel", state: Mapping[str, Tensor] | None = None) -> State:
     """Bring a state to the released names.
 
     Args:
-        model: A `DensePyramid`.
+        model: The model.
         state: Tensors by our names, for example gradients, some may be missing; the model's own state by default,
             then completed by the unread tensors (where no released file was loaded: index tables by their rule,
             zeros for parameters).
+
+    Raises:
+        CheckpointError: The whole state is asked for, and no released model computes what this one does.
     """
+    if state is None and not model.released_form:
+        raise CheckpointError(
+            "released classifiers read the first patch token and give class tokens no position; this model does not, "
+            "and a file of that form would be read wrongly: save it under the names of this project"
+        )
     names = released_names(model)
     own = model.state_dict() if state is None else state
     released = {names[name]: _released_form(names[name], tensor) for name, tensor in own.items()}
@@ -194,26 +211,27 @@ def to_released(model: "DensePyramid", state: Mapping[str, Tensor] | None = None
     return {**released, **unread}
 
 
-def register_released_loading(model: "DensePyramid") -> None:
-    """Let `load_state_dict` of a `DensePyramid`, alone or inside a detector, take released names as well as ours.
+def register_released_loading(model: "PyramidModel") -> None:
+    """Let `load_state_dict` of a model, alone or inside a detector, take released names as well as ours.
 
     A state that is not complete, or not of this model, raises `CheckpointError` also for a caller that is not
     strict: a backbone that silently keeps random weights is never what was meant.
     """
 
-    def convert(module: "DensePyramid", state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    def convert(module: "PyramidModel", state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         given = {name[len(prefix) :]: state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix)}
         ours = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
         if len(given.keys() & ours.keys()) >= len(given.keys() & released_shapes(module).keys()):
             check_complete(module, given, ours)
         else:
+            module.use_released_form()
             given = from_released(module, given)
         state_dict.update({prefix + name: tensor for name, tensor in given.items()})
 
     model.register_load_state_dict_pre_hook(convert)
 
 
-def check_complete(model: "DensePyramid", state: Mapping[str, Tensor], expected: Shapes) -> None:
+def check_complete(model: "PyramidModel", state: Mapping[str, Tensor], expected: Shapes) -> None:
     """Check that a state holds exactly the expected tensors.
 
     Raises:
@@ -241,7 +259,7 @@ def difference(state: Mapping[str, Tensor], expected: Shapes) -> str:
     return "; ".join(parts)
 
 
-def _why_it_differs(model: "DensePyramid", state: Mapping[str, Tensor]) -> str:
+def _why_it_differs(model: "PyramidModel", state: Mapping[str, Tensor]) -> str:
     """Compare what the names and shapes of a state tell of its branches with the model's."""
     branches = model.pyramid.branches
     patterns = (r"branch(\d)\.(.+)", r"pyramid\.branches\.(\d+)\.(.+)")
@@ -287,6 +305,13 @@ def _why_it_differs(model: "DensePyramid", state: Mapping[str, Tensor]) -> str:
     stages = {m[1] for name in state if (m := re.match(r"(?:interactions|pyramid\.stages)\.(\d+)\.", name))}
     if len(stages) != len(model.pyramid.stages):
         return f"the file holds {len(stages)} interactions, the spec {len(model.pyramid.stages)}; "
+    classes = getattr(model, "num_classes", None)
+    held = {len(tensor) for name, tensor in state.items() if HEAD.search(name) and name.endswith(".weight")}
+    if classes is not None and len(held) == 1 and held != {classes}:
+        return (
+            f"the file's head has {held.pop()} classes, the model's {classes}: build the model for as many, or load "
+            "everything but the head (drop_head=True, on the command line --drop-head); "
+        )
     return ""
 
 
@@ -376,19 +401,25 @@ def read_state_dict(path: str | Path, *, map_location: str = "cpu") -> State:
     return state
 
 
-def load_checkpoint(model: nn.Module, path: str | Path) -> None:
+def load_checkpoint(model: nn.Module, path: str | Path, *, drop_head: bool = False) -> None:
     """Load a released checkpoint, or one of ours, into a model in place; nothing may be missing or left over.
 
     A backbone takes its part of a whole detector's file.
 
     Args:
-        model: A `DensePyramid`, or a model that holds one (a detector).
+        model: A backbone or classifier, or a model that holds one (a detector).
         path: The file, see `read_file`.
+        drop_head: Leave the file's classification head out, and keep the model's as it is.
 
     Raises:
         CheckpointError: The file cannot be read, or holds another model.
     """
     state = read_state_dict(path)
+    if drop_head:
+        ours = {name: tensor for name, tensor in model.state_dict().items() if HEAD.search(name)}
+        if not state.keys() & model.state_dict().keys() - ours.keys():  # released names
+            ours = to_released(cast("PyramidModel", model), ours)
+        state = {**{name: tensor for name, tensor in state.items() if not HEAD.search(name)}, **ours}
     if hasattr(model, "pyramid"):
         backbone = {n.removeprefix("backbone."): t for n, t in state.items() if n.startswith("backbone.")}
         state = backbone or state

@@ -30,10 +30,30 @@ def one_convolution(dim: int, out_dim: int, first: bool) -> nn.Module:
     return nn.Sequential(*(_normalisation(out_dim) if first else _convolution(dim, out_dim)))
 
 
+class _Permute(nn.Module):
+    def __init__(self, *order: int) -> None:
+        super().__init__()
+        self.order = order
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(self.order)
+
+
+def linear(dim: int, out_dim: int, first: bool) -> nn.Module:
+    """Project by a linear layer between two group norms; the first branch is normalised only (classification)."""
+    if first:
+        return nn.GroupNorm(32, dim)
+    across = nn.Linear(dim, out_dim)
+    return nn.Sequential(
+        nn.GroupNorm(32, dim), _Permute(0, 2, 3, 1), across, _Permute(0, 3, 1, 2), nn.GroupNorm(32, out_dim)
+    )
+
+
 # From (channels, channels of the merged map, whether it is the first branch) to the branch's projection.
 STYLES: dict[str, Callable[[int, int, bool], nn.Module]] = {
     "two_convolutions": two_convolutions,
     "one_convolution": one_convolution,
+    "linear": linear,
 }
 
 
@@ -54,8 +74,9 @@ class BranchMerge(nn.Module):
         if style not in STYLES:
             raise SpecError(unknown("merging style", style, STYLES))
         out_dim = dims[0]
-        if out_dim % 32:
-            raise SpecError(f"merging into {out_dim} channels: group norm needs a multiple of 32")
+        for dim in dims if style == "linear" else (out_dim,):  # what the style normalises
+            if dim % 32:
+                raise SpecError(f"merging {dim} channels: group norm needs a multiple of 32")
         self.output_branch = output_branch
         self.projections = nn.ModuleList(STYLES[style](dim, out_dim, i == 0) for i, dim in enumerate(dims))
         self.weights = nn.ParameterList(nn.Parameter(torch.ones(())) for _ in dims)

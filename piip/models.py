@@ -1,36 +1,41 @@
-"""Whole backbones, as the tasks consume them."""
+"""Whole models, as the tasks consume them."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
+from piip.branches.pretrained import find_weights, load_pretrained, read_pretrained
+from piip.branches.vit import ViTBranch
 from piip.checkpoint import load_checkpoint, register_released_loading
+from piip.errors import SpecError, unknown
 from piip.fpn import RegularFPN, SimpleFPN
+from piip.init import init_layer
 from piip.merge import BranchMerge
+from piip.tokens import Tokens
 from piip.zoo.specs import PyramidSpec, build_pyramid, resolve_spec
 
+logger = logging.getLogger(__name__)
 
-class DensePyramid(nn.Module):
-    """A pyramid, its merging and an FPN: the backbone of a detector or segmentor.
+Spec = str | PyramidSpec | Mapping[str, Any]
+Readout = Literal["cls_token", "first_patch", "mean"]
+READOUTS = ("cls_token", "first_patch", "mean")
+HEADS = ("branches", "merged", "map")
 
-    With a simple FPN all levels come from the last merged map. With `taps` there is a regular FPN: the branches are
-    merged after those stages too, and each merged map becomes one level. A single branch (the baselines of the
-    paper's tables) has nothing to merge and feeds the FPN directly.
+
+class PyramidModel(nn.Module):
+    """A pyramid, and what a task needs behind it; its `load_state_dict` takes released names as well as ours.
 
     Args:
         spec: Name of a row of the zoo, a `PyramidSpec`, or a mapping (see `piip.zoo.specs.resolve_spec`).
-        scales: Simple FPN: scales of the levels relative to the merged map; (2, 1, 0.5) for DINO heads.
-        taps: Regular FPN: stages after which the branches are merged, beside the last; their levels and the last
-            one's have the strides 4, 8, 16, ...
         grad_checkpointing: Recompute activations in the backward pass, of blocks and interactions alike.
         kernel: Sampling kernel of the deformable attention, see `piip.deformable.KERNELS`.
 
     Attributes:
-        out_channels: Channels of each level.
-        strides: Input pixels per cell of each level.
         unread: Tensors of a released file that nothing reads, by name; there once such a file was loaded.
 
     Raises:
@@ -39,19 +44,61 @@ class DensePyramid(nn.Module):
 
     unread: dict[str, Tensor]
 
+    def __init__(self, spec: Spec, *, grad_checkpointing: bool = False, kernel: str = "auto") -> None:
+        super().__init__()
+        self.spec = resolve_spec(spec)
+        self.pyramid = build_pyramid(self.spec, kernel=kernel)
+        self.set_grad_checkpointing(grad_checkpointing)
+        register_released_loading(self)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade time for memory in training, see `piip.pyramid.PIIP`."""
+        self.pyramid.set_grad_checkpointing(enable)
+
+    @property
+    def released_form(self) -> bool:
+        """Whether the model computes what a released model of its kind does."""
+        return True
+
+    def use_released_form(self) -> None:
+        """Compute what the released models of this kind do; called before a released file is loaded."""
+
+    def _build_merge(self, stage: int, style: str) -> BranchMerge:
+        return BranchMerge(self.pyramid.dims(stage), self.pyramid.output_branch, style)
+
+
+class DensePyramid(PyramidModel):
+    """A pyramid, its merging and an FPN: the backbone of a detector or segmentor.
+
+    With a simple FPN all levels come from the last merged map. With `taps` there is a regular FPN: the branches are
+    merged after those stages too, and each merged map becomes one level. A single branch (the baselines of the
+    paper's tables) has nothing to merge and feeds the FPN directly.
+
+    Args:
+        spec: See `PyramidModel`.
+        scales: Simple FPN: scales of the levels relative to the merged map; (2, 1, 0.5) for DINO heads.
+        taps: Regular FPN: stages after which the branches are merged, beside the last; their levels and the last
+            one's have the strides 4, 8, 16, ...
+        **options: Further options of `PyramidModel`.
+
+    Attributes:
+        out_channels: Channels of each level.
+        strides: Input pixels per cell of each level.
+
+    Raises:
+        SpecError: The spec cannot be built.
+    """
+
     def __init__(
         self,
-        spec: str | PyramidSpec | Mapping[str, Any],
+        spec: Spec,
         *,
         scales: Sequence[float] = (4, 2, 1, 0.5),
         taps: Sequence[int] | None = None,
-        grad_checkpointing: bool = False,
-        kernel: str = "auto",
+        **options: Any,
     ) -> None:
-        super().__init__()
-        self.spec = resolve_spec(spec)
-        self.pyramid = pyramid = build_pyramid(self.spec, kernel=kernel)
-        pyramid.set_grad_checkpointing(grad_checkpointing)
+        super().__init__(spec, **options)
+        pyramid = self.pyramid
         self.scales = tuple(scales) if taps is None else ()
         self.taps = [] if taps is None else [range(pyramid.depth)[tap] for tap in taps]
         single = len(pyramid.branches) == 1
@@ -70,10 +117,6 @@ class DensePyramid(nn.Module):
             self.out_channels = dims
             self.strides = [4.0 * 2**i for i in range(len(dims))]
             self.fpn = RegularFPN(dims, [own / target for own, target in zip(strides, self.strides, strict=True)])
-        register_released_loading(self)
-
-    def _build_merge(self, stage: int, style: str) -> BranchMerge:
-        return BranchMerge(self.pyramid.dims(stage), self.pyramid.output_branch, style)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Map images `(B, 3, H, W)` to one map `(B, C, h, w)` per FPN level.
@@ -88,25 +131,302 @@ class DensePyramid(nn.Module):
         return self.fpn(maps if self.taps else maps[0])
 
 
+class Classifier(PyramidModel):
+    """A pyramid as an image classifier (arXiv 2406.04330, sections 3.3 and 4.4), with timm's methods.
+
+    Either each branch keeps a head of its own and the logits are averaged, or the branches are merged into one map
+    with one head on its mean.
+
+    The released classifiers read the first (top-left) patch token where the class token was meant, and give class
+    tokens no position. Loading a released file switches the model to that form and says so; new training reads class
+    tokens. The last interaction changes patch tokens only, so nothing can be learned in it when class tokens are
+    read: it then keeps its closed gates and takes no gradient.
+
+    Args:
+        spec: See `PyramidModel`; any row of the zoo can be a classifier.
+        num_classes: Number of classes; 0 for none: `forward` then returns the features in front of the head.
+        head: `branches`, `merged`, or `map` for the merged map alone; the spec's by default, and for a row that is
+            meant for dense tasks `merged`, or `branches` where there is only one.
+        readout: What a branch's head reads: `cls_token`, `first_patch`, or the `mean` of the patch tokens. By default
+            class tokens where every branch has one, else the mean.
+        **options: Further options of `PyramidModel`.
+
+    Attributes:
+        num_features: Channels of the features in front of the head.
+        merge: The merging, None with a head per branch.
+
+    Raises:
+        SpecError: The spec cannot be built, or does not go with the head or readout.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        *,
+        num_classes: int = 1000,
+        head: str | None = None,
+        readout: Readout | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(spec, **options)
+        branches = self.pyramid.branches
+        if head is None:
+            head = self.spec.head if self.spec.head != "dense" else "merged" if len(branches) > 1 else "branches"
+        if head not in HEADS:
+            raise SpecError(unknown("head", head, HEADS))
+        if head != "branches" and len(branches) == 1:
+            raise SpecError("one branch has nothing to merge: use head='branches', with readout='mean' for the mean")
+        if head != "branches" and readout is not None:
+            raise SpecError(f"readout says what a head per branch reads, and head={head!r} has none: leave it out")
+        self.head_style = head
+        self.merge = None if head == "branches" else self._build_merge(-1, "linear")
+        dims = self.pyramid.dims()
+        self.num_features = self.head_hidden_size = sum(dims) if head == "branches" else dims[0]
+        self.norm: nn.Module = nn.Identity()
+        if head == "branches":
+            self.norm = nn.ModuleList(branch.build_norm() for branch in branches)
+        elif head == "merged":
+            self.norm = nn.LayerNorm(dims[0], eps=1e-6)
+        self.reset_classifier(num_classes, readout or self._default_readout())
+        side = self.pyramid.input_resolution
+        self.pretrained_cfg = self.default_cfg = {  # what timm's data and training code asks a model
+            "architecture": "piip",
+            "num_classes": num_classes,
+            "input_size": (3, side, side),
+            "pool_size": None,
+            "crop_pct": 1.0,
+            "interpolation": "bicubic",
+            "fixed_input_size": False,
+            "mean": IMAGENET_DEFAULT_MEAN,
+            "std": IMAGENET_DEFAULT_STD,
+            "first_conv": tuple(f"pyramid.branches.{i}.patch_embed.proj" for i in range(len(branches))),
+            "classifier": tuple(f"head.{i}" for i in range(len(branches))) if head == "branches" else "head",
+        }
+
+    def _default_readout(self) -> Readout:
+        return "cls_token" if all(_has_class_token(branch) for branch in self.pyramid.branches) else "mean"
+
+    def get_classifier(self) -> nn.Module:
+        """Return the last layer, or the list of last layers, one per branch."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, readout: Readout | None = None) -> None:
+        """Put a new head in place.
+
+        Args:
+            num_classes: Number of classes, 0 for none.
+            readout: Another readout, see the class; None keeps it.
+
+        Raises:
+            SpecError: Unknown readout, or class tokens are to be read that a branch does not have.
+        """
+        if num_classes < 0:
+            raise SpecError(f"num_classes is {num_classes}: give the number of classes, or 0 for no head")
+        if readout is not None:
+            self._set_readout(readout)
+        self.num_classes = num_classes
+
+        def layer(dim: int) -> nn.Module:
+            return nn.Linear(dim, num_classes) if num_classes and self.head_style != "map" else nn.Identity()
+
+        dims = self.pyramid.dims()
+        self.head: nn.Module = nn.ModuleList(map(layer, dims)) if self.merge is None else layer(dims[0])
+        # On the device of the rest, where the model was moved already.
+        self.head.apply(init_layer).to(next(self.pyramid.parameters()).device)
+
+    def _set_readout(self, readout: str) -> None:
+        if readout not in READOUTS:
+            raise SpecError(unknown("readout", readout, READOUTS))
+        without = [i + 1 for i, branch in enumerate(self.pyramid.branches) if not _has_class_token(branch)]
+        if readout == "cls_token" and without and self.merge is None:
+            raise SpecError(
+                f"branch {without[0]} has no class token to read: give it one (options class_token=True), or use "
+                "readout='mean'"
+            )
+        self.readout = readout
+        if readout == "first_patch":
+            self._drop_class_positions()
+        if self.pyramid.stages:
+            self.pyramid.stages[-1].requires_grad_(self.merge is not None or readout != "cls_token")
+
+    def _drop_class_positions(self) -> None:
+        for branch in self.pyramid.branches:
+            # A single plain ViT (AugReg) is released with its class token's position.
+            if isinstance(branch, ViTBranch) and (len(self.pyramid.branches) > 1 or branch.family == "deit"):
+                branch.drop_class_position()
+
+    @property
+    def released_form(self) -> bool:
+        """Whether the model computes what a released classifier does: see the class."""
+        branches = self.pyramid.branches
+        with_tokens = [b for b in branches if isinstance(b, ViTBranch) and b.cls_token is not None]
+        if len(branches) == 1:
+            return not with_tokens or with_tokens[0].family != "deit" or not with_tokens[0].class_position
+        return not any(b.class_position for b in with_tokens) and (
+            self.merge is not None or self.readout == "first_patch"
+        )
+
+    def use_released_form(self) -> None:
+        """Read the first patch token and give class tokens no position, as the released classifiers do."""
+        if self.released_form:
+            return
+        self._drop_class_positions()
+        if len(self.pyramid.branches) == 1:
+            return
+        if self.merge is None:
+            self._set_readout("first_patch")
+        logger.warning(
+            "a released classifier: its class tokens get no position%s, since its weights were trained this way",
+            " and its heads read the first patch token" if self.merge is None else "",
+        )
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of the parameters that timm's optimizers leave without weight decay, beside biases."""
+        return {name for name, _ in self.named_parameters() if name.endswith(("pos_embed", "cls_token"))}
+
+    def load_pretrained(self, folder: str | Path) -> None:
+        """Load the pretrained weights that the spec names, each branch's head included where its classes fit.
+
+        Args:
+            folder: Where the files are; `$PIIP_PRETRAINED` replaces it.
+
+        Raises:
+            CheckpointError: A file is missing, cannot be read or does not fit its branch.
+        """
+        paths = find_weights([branch.weights for branch in self.spec.branches], folder)
+        for i, path in enumerate(paths):
+            if path is None:
+                continue
+            state = read_pretrained(path)
+            load_pretrained(self.pyramid.branches[i], path, state)
+            if self.merge is not None:
+                continue
+            parts = {"norm": cast(nn.ModuleList, self.norm)[i], "head": cast(nn.ModuleList, self.head)[i]}
+            for name, part in parts.items():
+                own = part.state_dict()
+                given = {leaf: state[f"{name}.{leaf}"] for leaf in own if f"{name}.{leaf}" in state}
+                if own and {k: v.shape for k, v in given.items()} == {k: v.shape for k, v in own.items()}:
+                    part.load_state_dict(given)
+                elif own:
+                    logger.warning("branch %d starts with a new %s: %s has no such one", i + 1, name, path.name)
+
+    def forward_features(self, images: Tensor) -> list[Tokens]:
+        """Return the tokens of every branch after the last stage, for images `(B, 3, H, W)`."""
+        return self.pyramid(images)[0]
+
+    def forward_head(self, states: Sequence[Tokens], pre_logits: bool = False) -> Tensor:
+        """Map what `forward_features` returns to logits `(B, num_classes)`.
+
+        Args:
+            states: Tokens of every branch.
+            pre_logits: Return the features in front of the head, `(B, num_features)`, those of the branches side by
+                side.
+        """
+        if self.merge is not None:
+            maps = self.merge(states)
+            if self.head_style == "map":
+                return maps
+            pooled = self.norm(maps.flatten(2).transpose(1, 2)).mean(dim=1)
+            return pooled if pre_logits else self.head(pooled)
+        norms, heads = cast(nn.ModuleList, self.norm), cast(nn.ModuleList, self.head)
+        read = [self._read(norm, tokens) for norm, tokens in zip(norms, states, strict=True)]
+        if pre_logits or not self.num_classes:
+            return torch.cat(read, dim=-1)
+        return torch.stack([head(x) for head, x in zip(heads, read, strict=True)]).mean(dim=0)
+
+    def _read(self, norm: nn.Module, tokens: Tokens) -> Tensor:
+        if self.readout == "mean":
+            return norm(tokens.x).mean(dim=1)
+        if self.readout == "first_patch":
+            return norm(tokens.x[:, 0])
+        return norm(cast(Tensor, tokens.prefix)[:, 0])
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images `(B, 3, H, W)` to logits `(B, num_classes)`; with `head="map"` to the map `(B, C, h, w)`.
+
+        Raises:
+            ValueError: The images leave a branch without a token.
+        """
+        return self.forward_head(self.forward_features(images))
+
+    def forward_intermediates(
+        self,
+        images: Tensor,
+        indices: int | Sequence[int] | None = None,
+        *,
+        branch: int | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: Literal["NCHW", "NLC"] = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Return a branch's feature maps after chosen stages, as timm's models do after chosen blocks.
+
+        Args:
+            images: `(B, 3, H, W)`.
+            indices: Stages, negative ones from the end; a number for as many last ones; None for all.
+            branch: Index of the branch; the one with the finest grid (`pyramid.output_branch`) by default.
+            norm: Apply the branch's final norm; needs a head per branch.
+            stop_early: Run no stage behind the last chosen one; only with `intermediates_only`.
+            output_fmt: `NCHW` for maps `(B, C, h, w)`, `NLC` for tokens `(B, h*w, C)`.
+            intermediates_only: Leave out the final features.
+
+        Returns:
+            The list of maps; or a pair of what `forward_features` returns, and that list.
+
+        Raises:
+            ValueError: Unknown format, or `norm` without norms.
+            IndexError: There is no such stage or branch.
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(unknown("output_fmt", output_fmt, ("NCHW", "NLC")))
+        if norm and self.merge is not None:
+            raise ValueError("norm=True needs a norm per branch, and this model has one for the merged map")
+        stages = range(self.pyramid.depth)
+        if indices is None or isinstance(indices, int):
+            chosen = list(stages if indices is None else stages[-indices:])
+        else:
+            chosen = [stages[i] for i in indices]
+        which = self.pyramid.output_branch if branch is None else range(len(self.pyramid.branches))[branch]
+        last = [] if stop_early and intermediates_only else [stages[-1]]
+        kept = self.pyramid(images, taps=[*chosen, *last])
+        tokens = [states[which] for states in kept[: len(chosen)]]
+        if norm:
+            tokens = [t._replace(x=cast(nn.ModuleList, self.norm)[which](t.x)) for t in tokens]
+        maps = [t.to_map() if output_fmt == "NCHW" else t.x for t in tokens]
+        return maps if intermediates_only else (kept[-1], maps)
+
+
+def _has_class_token(branch: nn.Module) -> bool:
+    return getattr(branch, "cls_token", None) is not None
+
+
 def create_model(
-    spec: str | PyramidSpec | Mapping[str, Any], *, checkpoint: str | Path | None = None, **options: Any
-) -> DensePyramid:
-    """Build a dense backbone, with the weights of a checkpoint where one is given.
+    spec: Spec, *, checkpoint: str | Path | None = None, drop_head: bool = False, **options: Any
+) -> PyramidModel:
+    """Build a classifier or a dense backbone, with the weights of a checkpoint where one is given.
+
+    A row that is meant for classification, and any row with `num_classes`, gives a `Classifier`, others a
+    `DensePyramid`.
 
     Args:
         spec: Name of a row of the zoo (see `piip.list_models`), a `PyramidSpec`, or a mapping.
-        checkpoint: A released file, or one of ours; of the backbone, or of a whole detector.
-        **options: Options of `DensePyramid`.
+        checkpoint: A released file, or one of ours; of the model, or of a whole detector.
+        drop_head: Leave the file's classification head out, for another number of classes.
+        **options: Options of the model's class.
 
     Raises:
         SpecError: The spec cannot be built.
         CheckpointError: The file cannot be read, or holds another model.
     """
+    spec = resolve_spec(spec)
+    kind = Classifier if spec.head != "dense" or "num_classes" in options else DensePyramid
     if checkpoint is None:
-        return DensePyramid(spec, **options)
+        return kind(spec, **options)
     # Nothing is initialised only to be overwritten: the file's tensors become the parameters.
-    with torch.device("meta"):
-        model = DensePyramid(spec, **options)
-    model.to_empty(device="cpu")
-    load_checkpoint(model, checkpoint)
+    with torch.device("cpu" if drop_head else "meta"):
+        model = kind(spec, **options)
+    if not drop_head:
+        model.to_empty(device="cpu")
+    load_checkpoint(model, checkpoint, drop_head=drop_head)
     return model

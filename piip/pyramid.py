@@ -114,7 +114,7 @@ class PIIP(nn.Module):
         wanted = [range(self.depth)[tap] for tap in taps]
         states = [branch.embed(self._resize(images, i)) for i, branch in enumerate(self.branches)]
         kept = {}
-        for k in range(self.depth):
+        for k in range(max(wanted, default=-1) + 1):
             states = [branch.run(t, *cut[k]) for branch, t, cut in zip(self.branches, states, self.cuts, strict=True)]
             if self.stages:
                 states = self.stages[k](states)

@@ -42,6 +42,10 @@ class Branch(nn.Module, ABC):
     def run(self, tokens: Tokens, start: int, stop: int) -> Tokens:
         """Run blocks `start` to `stop - 1`; `run(run(t, 0, i), i, j)` equals `run(t, 0, j)`."""
 
+    def build_norm(self) -> nn.Module:
+        """Return a new norm for the tokens after the last block, as a classifier of this kind of network has it."""
+        return nn.LayerNorm(self.dims[-1], eps=1e-6)
+
     def call_block(self, block: nn.Module, *args: Any) -> Any:
         """Call a block, with its activations recomputed in the backward pass where checkpointing is on."""
         if self.grad_checkpointing and torch.is_grad_enabled():

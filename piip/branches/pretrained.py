@@ -1,8 +1,9 @@
 """Pretrained files of single branches: from their own names and sizes to a branch's."""
 
 import math
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -157,18 +158,112 @@ def convert_convnext(state: Mapping[str, Tensor], branch: ConvNeXtBranch) -> dic
     return {names[name]: tensor for name, tensor in given.items() if name in names}
 
 
-def load_pretrained(branch: Branch, path: str | Path) -> None:
+AUGREG_BLOCK = re.compile(r"Transformer/encoderblock_(\d+)/(.+)/(kernel|scale|bias)")
+# Names in AugReg's `.npz` files on the left: outside blocks, and inside.
+AUGREG_NAMES = {
+    "cls": "cls_token",
+    "embedding/kernel": "patch_embed.proj.weight",
+    "embedding/bias": "patch_embed.proj.bias",
+    "Transformer/posembed_input/pos_embedding": "pos_embed",
+    "Transformer/encoder_norm/scale": "norm.weight",
+    "Transformer/encoder_norm/bias": "norm.bias",
+    "head/kernel": "head.weight",
+    "head/bias": "head.bias",
+}
+AUGREG_PARTS = {
+    "LayerNorm_0": "norm1",
+    "LayerNorm_2": "norm2",
+    "MlpBlock_3/Dense_0": "mlp.fc1",
+    "MlpBlock_3/Dense_1": "mlp.fc2",
+    "MultiHeadDotProductAttention_1/out": "attn.proj",
+}
+
+
+def from_augreg(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Bring the tensors of an AugReg `.npz` file (arXiv 2106.10270) to the names and layouts of plain ViTs.
+
+    Args:
+        state: Tensors by the file's names; kernels have their inputs first.
+
+    Returns:
+        Tensors by the names of `ViTBranch`, and `norm.*` and `head.*` where the file has them.
+
+    Raises:
+        CheckpointError: A block lacks one of its q, k and v.
+    """
+    converted, joint = {}, {}
+    for name, tensor in state.items():
+        if name in AUGREG_NAMES:
+            converted[AUGREG_NAMES[name]] = _kernel(name, tensor)
+        elif match := AUGREG_BLOCK.fullmatch(name):
+            block, part, leaf = f"blocks.{match[1]}", match[2], "bias" if match[3] == "bias" else "weight"
+            if part in AUGREG_PARTS:
+                converted[f"{block}.{AUGREG_PARTS[part]}.{leaf}"] = _kernel(name, tensor)
+            else:
+                joint.setdefault(f"{block}.attn.qkv.{leaf}", {})[part.rpartition("/")[2]] = tensor
+    for name, parts in joint.items():
+        if set(parts) != {"query", "key", "value"}:
+            raise CheckpointError(f"{name} is made of query, key and value; the file has {', '.join(sorted(parts))}")
+        # Kernels are (inputs, heads, channels per head), biases (heads, channels per head).
+        qkv = torch.stack([parts["query"], parts["key"], parts["value"]], dim=-3)
+        converted[name] = (qkv.flatten(1).T if name.endswith("weight") else qkv.flatten()).contiguous()
+    return converted
+
+
+def _kernel(name: str, tensor: Tensor) -> Tensor:
+    if not name.endswith("/kernel"):
+        return tensor
+    if tensor.ndim == 4:  # of the patch embedding: (height, width, inputs, outputs)
+        return tensor.permute(3, 2, 0, 1).contiguous()
+    return tensor.flatten(0, -2).T.contiguous()
+
+
+def find_weights(
+    names: Sequence[str | None], folder: str | Path, instead: str = "start from random weights"
+) -> list[Path | None]:
+    """Return where the branches' pretrained files are.
+
+    Args:
+        names: File name per branch, None for a branch that starts from random weights.
+        folder: The folder they are in; `$PIIP_PRETRAINED` replaces it.
+        instead: For the error message: how to do without them.
+
+    Raises:
+        CheckpointError: A file is missing; the message names every missing one.
+    """
+    where = Path(os.environ.get("PIIP_PRETRAINED") or folder)
+    paths = [None if name is None else where / name for name in names]
+    if missing := sorted({str(path) for path in paths if path is not None and not path.is_file()}):
+        raise CheckpointError(
+            f"pretrained weights not found: {', '.join(missing)}. Put them there (the README says where each file "
+            f"comes from), name their folder in $PIIP_PRETRAINED, or {instead}"
+        )
+    return paths
+
+
+def read_pretrained(path: str | Path) -> dict[str, Tensor]:
+    """Read the tensors of a pretrained file; those of AugReg's `.npz` files come under the names of plain ViTs.
+
+    Raises:
+        CheckpointError: See `piip.checkpoint.read_file`.
+    """
+    state = read_state_dict(path)
+    return from_augreg(state) if "embedding/kernel" in state else state
+
+
+def load_pretrained(branch: Branch, path: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
     """Load a pretrained file into a branch in place.
 
     Args:
         branch: The branch.
         path: A file as its authors released it, see `piip.checkpoint.read_file`, or one with the branch's own
             parameter names, which other branch types than ViT and ConvNeXt need.
+        state: What `read_pretrained` returns for the file, where it was read already.
 
     Raises:
         CheckpointError: The file cannot be read, or is one of another family or size.
     """
-    state = read_state_dict(path)
+    state = read_pretrained(path) if state is None else state
     try:
         if isinstance(branch, ViTBranch):
             check_vit(state, branch)

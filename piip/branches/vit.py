@@ -5,6 +5,7 @@ DeiT, DeiT III, AugReg, MAE, DINOv2, BEiT(v2), Uni-Perceiver, InternViT-6B.
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -94,6 +95,8 @@ class ViTBranch(Branch):
         rel_pos: Relative position bias of every block: `window` learns it for the block's window, a number of tokens
             for windows of that side; None for none.
         class_token: Whether a class token travels along (as `Tokens.prefix`).
+        class_position: Whether the class token gets the row that the position table has for it; the released pyramids
+            gave theirs none.
         window: Window side in tokens for every block; or one entry per block, None for global; or None: all global.
         global_every: With one window side: every n-th block attends globally (3: blocks 3, 6, ...); 0 for none.
         window_pad: Where windowed attention pads, see `SelfAttention`.
@@ -127,6 +130,7 @@ class ViTBranch(Branch):
         embed_norm: bool = False,
         rel_pos: int | Literal["window"] | None = None,
         class_token: bool = False,
+        class_position: bool = True,
         window: Windows = None,
         global_every: int = 0,
         window_pad: WindowPad = "before_qkv",
@@ -158,8 +162,10 @@ class ViTBranch(Branch):
         self.patch_size = patch_size
         self.pos_grid = None if pos_grid is None else (pos_grid[0], pos_grid[1])
         self.pos_prefix = pos_prefix
+        self.class_position = class_position
         self.family = family
         norm_layer = NORMS[norm]
+        self._norm = partial(norm_layer, embed_dim, eps=norm_eps)
         self.patch_embed = PatchEmbed(None, patch_size, embed_dim=embed_dim, flatten=False)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
         rows = pos_prefix + math.prod(pos_grid) if pos_grid else 0
@@ -202,6 +208,17 @@ class ViTBranch(Branch):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
+    def build_norm(self) -> nn.Module:
+        """Return a new final norm, as the classifiers of this kind of network have it."""
+        return self._norm()
+
+    def drop_class_position(self) -> None:
+        """Give the class token no position, as the released pyramids do; DeiT's table then has no row for it."""
+        self.class_position = False
+        if self.family == "deit" and self.pos_embed is not None and self.pos_prefix:
+            self.pos_embed = nn.Parameter(self.pos_embed.detach()[:, self.pos_prefix :].clone())
+            self.pos_prefix = 0
+
     def embed(self, images: Tensor) -> Tokens:
         """Embed images `(B, 3, H, W)`; a remainder that fills no patch is dropped.
 
@@ -223,7 +240,7 @@ class ViTBranch(Branch):
         if self.cls_token is None:
             return Tokens(x, grid)
         prefix = self.cls_token.to(maps.dtype)
-        if self.pos_embed is not None and self.pos_prefix:
+        if self.pos_embed is not None and self.pos_prefix and self.class_position:
             prefix = prefix + self.pos_embed[:, :1].to(maps.dtype)
         return Tokens(x, grid, self.embed_norm(prefix).expand(len(x), -1, -1))
 

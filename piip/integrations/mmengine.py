@@ -5,17 +5,14 @@ stand-in for mmcv's compiled ops in place. Configs import it first:
 `custom_imports = dict(imports=["piip.integrations.mmengine"])`.
 """
 
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
-from piip.branches.pretrained import load_pretrained
-from piip.errors import CheckpointError
+from piip.branches.pretrained import find_weights, load_pretrained
 from piip.integrations import mmcv_ops
 from piip.models import DensePyramid
 from piip.optim import layer_decay, param_groups
@@ -53,18 +50,11 @@ class PIIPBackbone(DensePyramid):
         """
         if self.pretrained is None:
             return
-        folder = Path(os.environ.get("PIIP_PRETRAINED") or self.pretrained)
-        wanted = [
-            (b, folder / s.weights) for b, s in zip(self.pyramid.branches, self.spec.branches, strict=True) if s.weights
-        ]
-        if missing := sorted({str(path) for _, path in wanted if not path.is_file()}):
-            raise CheckpointError(
-                f"pretrained weights not found: {', '.join(missing)}. Put them there (the README says where each file "
-                "comes from), name their folder in $PIIP_PRETRAINED, or start from random weights with --cfg-options "
-                "model.backbone.pretrained=None"
-            )
-        for branch, path in wanted:
-            load_pretrained(branch, path)
+        instead = "start from random weights with --cfg-options model.backbone.pretrained=None"
+        paths = find_weights([branch.weights for branch in self.spec.branches], self.pretrained, instead)
+        for branch, path in zip(self.pyramid.branches, paths, strict=True):
+            if path is not None:
+                load_pretrained(branch, path)
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from piip.branches import Branch, create_branch
 from piip.errors import SpecError, unknown
 from piip.interaction import Attention
 from piip.pyramid import PIIP
+
+Head = Literal["dense", "branches", "merged"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class PyramidSpec:
         norm: Whether interactions normalise.
         input_resolution: Nominal side of the pyramid's input; None for the largest branch's.
         output_branch: Index of the branch whose grid the merged map takes; None for the largest image's.
+        head: What the pyramid is for: `dense` feature maps, or a classifier with a head per `branches` or on the
+            `merged` map.
     """
 
     branches: tuple[BranchSpec, ...]
@@ -66,6 +70,7 @@ class PyramidSpec:
     norm: bool = True
     input_resolution: int | None = None
     output_branch: int | None = None
+    head: Head = "dense"
 
 
 def _from_mapping(cls: type, values: Mapping[str, Any], what: str) -> Any:
@@ -241,6 +246,24 @@ _HYBRID = {
     "cs": BranchSpec("convnext_small", 0, weights=_HF_FILE.format("small"), drop_path=0.3, blocks=CONVNEXT_39),
     "cb": BranchSpec("convnext_base", 0, weights=_HF_FILE.format("base"), drop_path=0.4, blocks=CONVNEXT_39),
 }
+# Classification. New training keeps the row that pretrained position tables have for the class token.
+_CLASS_TOKEN = {"class_token": True, "pos_prefix": 1}
+_DEIT1 = {
+    "t": BranchSpec("deit_tiny", 0, "deit_tiny_patch16_224-a1311bcf.pth", drop_path=0.05, options=_CLASS_TOKEN),
+    "s": BranchSpec("deit_small", 0, "deit_small_patch16_224-cd65a155.pth", drop_path=0.05, options=_CLASS_TOKEN),
+    "b": BranchSpec("deit_base", 0, "deit_base_patch16_224-b5f2ef4d.pth", drop_path=0.2, options=_CLASS_TOKEN),
+}
+_NO_SCALE = {**_CLASS_TOKEN, "layer_scale": None, "drop_path_rule": "constant"}
+_AUGREG_224 = {
+    "s": BranchSpec("vit_small", 0, _AUGREG_S.replace("384.pth", "224.npz"), drop_path=0.05, options=_NO_SCALE),
+    "b": BranchSpec("vit_base", 0, _AUGREG_B.replace("384.pth", "224.npz"), drop_path=0.2, options=_NO_SCALE),
+    "l": BranchSpec("vit_large", 0, _AUGREG_L.replace("384.pth", "224.npz"), drop_path=0.4, options=_NO_SCALE),
+}
+# Table 13 (appendix A.3): from scratch, about equal costs per branch.
+_SCRATCH = {
+    letter: BranchSpec("vit", 0, drop_path=0.1, options={"embed_dim": dim, "depth": 12, "num_heads": heads})
+    for letter, dim, heads in (("1", 640, 8), ("2", 320, 4), ("3", 160, 2))
+}
 # As a baseline: one group per resolution.
 _CONVNEXT_B = BranchSpec("convnext_base", 1024, weights=_HF_FILE.format("base"), blocks=(3, 4, 28, 4))
 
@@ -258,6 +281,15 @@ def _row(
     pairs = zip(letters, resolutions, strict=True)
     branches = [replace(family[letter], resolution=resolution, **settings) for letter, resolution in pairs]
     return PyramidSpec(tuple(reversed(branches)), **options)
+
+
+def _classifier(family: Mapping[str, BranchSpec], letters: str, *resolutions: int, **options: Any) -> PyramidSpec:
+    """A classifier of a family: its position tables have the size that the branches work at."""
+    spec = _row(family, letters, *resolutions, **{"head": "branches", **options})
+    branches = [
+        replace(b, options={**b.options, "pos_grid": (b.resolution // 16, b.resolution // 16)}) for b in spec.branches
+    ]
+    return replace(spec, branches=tuple(branches))
 
 
 def _speedup(spec: PyramidSpec) -> PyramidSpec:
@@ -326,6 +358,11 @@ SPECS: dict[str, PyramidSpec] = {
     "deit3-l-640": _row(_DEIT, "l", 640, window=14, global_every=3),
     "deit3-tsb-896-448-336": _row(_DEIT, "tsb", 896, 448, 336, window=14, input_resolution=448),
     "deit3-sbl-1120-448-336": _row(_DEIT, "sbl", 1120, 448, 336, window=28, input_resolution=448),
+    # ImageNet-1K classification: DeiT (the first), AugReg, and from scratch
+    "cls-deit1-tsb-368-192-128": _classifier(_DEIT1, "tsb", 368, 192, 128),
+    "cls-augreg-sbl-320-160-96": _classifier(_AUGREG_224, "sbl", 320, 160, 96),
+    "cls-augreg-sbl-384-192-128": _classifier(_AUGREG_224, "sbl", 384, 192, 128),
+    "cls-scratch-b-512-256-128": _classifier(_SCRATCH, "321", 512, 256, 128, head="merged"),
 }
 for _name in ("augreg-sbl-1568-1120-672", "internvit-h6b-1024-512"):
     SPECS[f"{_name}-speedup"] = _speedup(SPECS[_name])

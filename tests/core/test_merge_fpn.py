@@ -47,13 +47,20 @@ def test_styles():
     assert all(p[0].bias is None and p[3].bias is None for p in two)
     one = BranchMerge([64, 16], 1, "one_convolution").projections
     assert [layers(p) for p in one] == [["GroupNorm", "ReLU"], ["Conv2d", "GroupNorm", "ReLU"]]
+    first, second = BranchMerge([64, 32], 1, "linear").projections
+    assert isinstance(first, nn.GroupNorm)
+    x = torch.randn(2, 32, 3, 5)
+    across = F.linear(F.group_norm(x, 32).movedim(1, -1), second[2].weight, second[2].bias).movedim(-1, 1)
+    torch.testing.assert_close(second(x), F.group_norm(across, 32))
 
 
 def test_merging_that_cannot_be_built():
-    with pytest.raises(SpecError, match=r"unknown merging style 'linear'.*two_convolutions, one_convolution"):
-        BranchMerge([32, 16], 1, "linear")
-    with pytest.raises(SpecError, match="merging into 24 channels: group norm needs a multiple of 32"):
+    with pytest.raises(SpecError, match=r"unknown merging style 'cubic'.*two_convolutions, one_convolution, linear"):
+        BranchMerge([32, 16], 1, "cubic")
+    with pytest.raises(SpecError, match="merging 24 channels: group norm needs a multiple of 32"):
         BranchMerge([24, 32], 1)
+    with pytest.raises(SpecError, match="merging 16 channels: group norm needs a multiple of 32"):
+        BranchMerge([32, 16], 1, "linear")
 
 
 def test_merging_in_bfloat16_stays_in_it():

@@ -7,6 +7,8 @@ of `$PIIP_REFERENCE_DIR` (separated by colons).
 
 import json
 import os
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,8 @@ import torch
 from seeded import seeded_array, seeded_input
 from translate import DINO, Unsupported, dino, pretrained_branch, translate
 
-from piip.branches.pretrained import convert_vit
+from piip import Classifier
+from piip.branches.pretrained import convert_vit, read_pretrained
 from piip.checkpoint import released_shapes, to_released
 
 # Relative L2; the floor of gradient norms is relative to the largest norm.
@@ -43,6 +46,7 @@ SUPPORTED = (
     "ckpt_beit",
     "ckpt_deit",
     "ckpt_internvit",
+    "cls_",
 )
 
 
@@ -70,6 +74,10 @@ def test_case(path: Path, record_property) -> None:
     stored = dict(np.load(path.with_suffix(".npz")))
     if "checkpoint_tensors" in case:
         check = check_pretrained
+    elif "checkpoint" in case:
+        check = check_pretrained_classifier
+    elif path.stem.startswith("cls_augreg_npz"):
+        check = check_augreg_npz
     else:
         check = check_dino if case.get("class") == DINO else check_model
     try:
@@ -100,6 +108,38 @@ def check_pretrained(case: dict, stored: dict) -> dict[str, float]:
     return {"output": error}
 
 
+def check_pretrained_classifier(case: dict, stored: dict) -> dict[str, float]:
+    """A single classifier starts from a pretrained file, its head included."""
+    model = translate(case).model.eval()
+    state = {name: torch.from_numpy(seeded_array(name, shape)) for name, shape in case["checkpoint"]["keys"].items()}
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save({"model": state} if "'model'" in case["checkpoint"]["layout"] else state, f"{folder}/weights.pth")
+        model.spec = replace(model.spec, branches=(replace(model.spec.branches[0], weights="weights.pth"),))
+        model.load_pretrained(folder)
+    released = to_released(model)
+    results = {f"state:{name}": tensor.numpy() for name, tensor in released.items()}
+    changed = {key.removeprefix("state:") for key in case["outputs"]}
+    for name in state.keys() & released.keys() - changed:
+        assert torch.equal(released[name], state[name]), name
+    if "out0" in case["outputs"]:
+        images = torch.from_numpy(seeded_input(case["input"]["x"]["seed_name"], case["input"]["x"]["shape"]))
+        with torch.no_grad():
+            results["out0"] = model(images).numpy()
+    error = max(relative_error(results[key], case, stored, key) for key in case["outputs"])
+    assert error < OUTPUT
+    return {"output": error}
+
+
+def check_augreg_npz(case: dict, stored: dict) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        np.savez(f"{folder}/L_16.npz", **{name: seeded_array(name, shape) for name, shape in case["source"].items()})
+        converted = read_pretrained(f"{folder}/L_16.npz")
+    assert {name: list(tensor.shape) for name, tensor in converted.items()} == case["outputs"]
+    error = max(relative_error(tensor.numpy(), case, stored, name) for name, tensor in converted.items())
+    assert error < OUTPUT
+    return {"output": error}
+
+
 def check_model(case: dict, stored: dict) -> dict[str, float]:
     model = translate(case).model.eval()
     shapes = {name: tuple(shape) for name, shape in case["parameters"].items()}
@@ -111,14 +151,27 @@ def check_model(case: dict, stored: dict) -> dict[str, float]:
 
     (given,) = case["input"].values()
     images = torch.from_numpy(seeded_input(given["seed_name"], given["shape"])).requires_grad_()
-    outputs = model(images)
+    if isinstance(model, Classifier):
+        states = model.forward_features(images)
+        outputs = [model.forward_head(states)]
+    else:
+        states, outputs = [], model(images)
     assert len(outputs) == sum(key.startswith("out") for key in stored)
-    errors = {"output": 0.0}
-    for i, out in enumerate(outputs):
-        errors["output"] = max(errors["output"], relative_error(out.detach().numpy(), case, stored, f"out{i}"))
+    results = {f"out{i}": out for i, out in enumerate(outputs)}
+    for i, tokens in enumerate(states):
+        for part, tensor in ((f"branch{i + 1}", tokens.x), (f"cls{i + 1}", tokens.prefix)):
+            key = f"interaction{model.pyramid.depth - 1}_{part}"
+            if key in stored:
+                results[key] = tensor
+    assert not {key for key in case.get("intermediate", {}) if key not in results}
+    errors = {"output": max(relative_error(r.detach().numpy(), case, stored, key) for key, r in results.items())}
+    assert errors["output"] < OUTPUT
+    if "grad_norms" not in stored:
+        return errors
     weights = [torch.from_numpy(seeded_input(f"loss:{case['case']}{i}", out.shape)) for i, out in enumerate(outputs)]
     sum((out * weight).sum() for out, weight in zip(outputs, weights, strict=True)).backward()
-    errors["input_gradient"] = relative_error(images.grad.numpy(), case, stored, "input_grad")
+    if "input_grad" in stored:
+        errors["input_gradient"] = relative_error(images.grad.numpy(), case, stored, "input_grad")
 
     gradients = to_released(model, {name: p.grad for name, p in model.named_parameters()})
     expected = dict(zip(case["grad_names"], stored["grad_norms"], strict=True))
@@ -131,8 +184,7 @@ def check_model(case: dict, stored: dict) -> dict[str, float]:
         if name not in without
     )
     assert set(gradients) == set(expected) - without
-    assert errors["output"] < OUTPUT
-    assert errors["input_gradient"] < INPUT_GRADIENT
+    assert errors.get("input_gradient", 0.0) < INPUT_GRADIENT
     assert errors["gradient_norm"] < GRADIENT_NORM
     return errors
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from piip import BranchSpec, DensePyramid, PyramidSpec
+from piip import BranchSpec, Classifier, DensePyramid, PyramidSpec
 from piip.branches import Branch, create_branch
 from piip.zoo.specs import as_built
 
@@ -68,8 +68,21 @@ def windows(on: bool | list[bool], sizes: int | list[int], depth: int) -> tuple[
     return tuple(size if enabled is True else None for enabled, size in zip(on, sizes, strict=True))
 
 
+def mlp_activation(block: str) -> str:
+    return "gelu_tanh" if block.lower().replace("_", "") == "fusedmlp" else "gelu"
+
+
+def class_token(task: str, o: Options) -> dict[str, Any]:
+    if task != "cls":
+        return {}
+    o.get("num_classes"), o.get("use_final_norm_and_head")  # for the head
+    return {"class_token": o["use_cls_token"], "class_position": False}
+
+
 def vit_models(task: str, values: Mapping[str, Any], case: Mapping[str, Any]) -> tuple[str, dict[str, Any], Options]:
     """DeiT."""
+    if task == "cls":
+        values = {"img_size": 224, "use_cls_token": True, **values}
     o = Options(
         f"{task}.vit_models",
         values,
@@ -86,25 +99,42 @@ def vit_models(task: str, values: Mapping[str, Any], case: Mapping[str, Any]) ->
         use_flash_attn=False,
         Mlp_block="mlp",
     )
-    side = o["pretrain_img_size"] // o["patch_size"]
-    o.get("img_size")  # the original builds the table for pretrain_img_size all the same
+    size = o["pretrain_img_size"]
+    if task == "cls":
+        size = o["img_size"]  # a classifier's table has the working size
+    o.get("img_size")  # elsewhere the original builds the table for pretrain_img_size all the same
+    side = size // o["patch_size"]
     return (
         "vit",
         {
+            **class_token(task, o),
             "family": "deit",
             "layer_scale": o["init_scale"],
             "pos_grid": (side, side),
             "window": windows(o["window_attn"], o["window_size"], o["depth"]),
             "window_pad": "before_qkv" if o["use_flash_attn"] else "after_qkv",
-            "act": "gelu_tanh" if o["Mlp_block"] == "fused_mlp" else "gelu",
+            "act": mlp_activation(o["Mlp_block"]),
             **{key: o[key] for key in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias")},
         },
         o,
     )
 
 
+# What classification's InternViT6B, AugReg's class, takes by default where the others differ.
+AUGREG = {
+    "img_size": 224,
+    "patch_size": 16,
+    "qk_normalization": False,
+    "norm_layer_type": "LayerNorm",
+    "init_values": None,
+    "use_cls_token": True,
+}
+
+
 def intern_vit(task: str, values: Mapping[str, Any], case: Mapping[str, Any]) -> tuple[str, dict[str, Any], Options]:
     """The original's generic ViT: InternViT-6B, MAE, AugReg, DINOv2."""
+    if task == "cls":
+        values = {**AUGREG, **values}
     o = Options(
         f"{task}.InternViT6B",
         values,
@@ -122,12 +152,13 @@ def intern_vit(task: str, values: Mapping[str, Any], case: Mapping[str, Any]) ->
         window_size=14,
         mlp_type="mlp",
     )
-    table = o.get("img_size", o["pretrain_img_size"]) if task == "seg" else o["pretrain_img_size"]
+    table = o["pretrain_img_size"] if task == "det" else o.get("img_size", o["pretrain_img_size"])
     side = table // o["patch_size"]
     o.get("use_flash_attn")
     return (
         "vit",
         {
+            **class_token(task, o),
             "family": "vit",
             "pos_prefix": 1,
             "layer_scale": o["init_values"],
@@ -135,7 +166,7 @@ def intern_vit(task: str, values: Mapping[str, Any], case: Mapping[str, Any]) ->
             "norm": o["norm_layer_type"].lower(),
             "qk_norm": o["qk_normalization"],
             "window": windows(o["window_attn"], o["window_size"], o["depth"]),
-            "act": "gelu_tanh" if o["mlp_type"] == "fused_mlp" else "gelu",
+            "act": mlp_activation(o["mlp_type"]),
             **{key: o[key] for key in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias")},
         },
         o,
@@ -248,7 +279,12 @@ def branch_class(pretrained: str) -> str:
 
 
 def pyramid_branch(task: str, values: Mapping[str, Any], case: Mapping[str, Any]) -> BranchSpec:
-    name = branch_class(values.get("pretrained", ""))
+    if task == "cls":
+        kind = {"deit": "vit_models", "augreg": "InternViT6B"}
+        name = kind[values.get("model_type", "deit")]
+        values = {"real_size": values["img_size"], **{k: v for k, v in values.items() if k != "model_type"}}
+    else:
+        name = branch_class(values.get("pretrained", ""))
     if name not in BRANCHES:
         raise Unsupported(f"{task}.{name} branch")
     arch, options, o = BRANCHES[name](task, values, case)
@@ -258,7 +294,7 @@ def pyramid_branch(task: str, values: Mapping[str, Any], case: Mapping[str, Any]
     return spec
 
 
-def pyramid(case: Mapping[str, Any], task: str, count: int) -> DensePyramid:
+def pyramid(case: Mapping[str, Any], task: str, count: int) -> DensePyramid | Classifier:
     o = Options(
         case["class"],
         case["kwargs"],
@@ -271,12 +307,15 @@ def pyramid(case: Mapping[str, Any], task: str, count: int) -> DensePyramid:
         norm_layer="LayerNorm",
         is_dino=False,
         with_simple_fpn=True,
+        num_classes=1000,
+        separate_head=False,
+        use_cls_head=True,
     )
     taps = None if o["with_simple_fpn"] else o["out_interaction_indexes"]
     branches = [pyramid_branch(task, o[f"branch{i + 1}"], case) for i in range(count)]
     sizes = [b.resolution for b in branches]
     reference = sizes[1] if (task, count) == ("seg", 3) else sizes[-1]
-    if task == "det":
+    if task in ("det", "cls"):
         sizes = [min(size, reference) for size in sizes]  # the original never enlarges
     spec = PyramidSpec(
         branches=tuple(
@@ -296,12 +335,21 @@ def pyramid(case: Mapping[str, Any], task: str, count: int) -> DensePyramid:
     )
     o.get("out_interaction_indexes")
     scales = (2, 1, 0.5) if o["is_dino"] else (4, 2, 1, 0.5)
+    if task == "cls":
+        head = "branches" if o["separate_head"] else "merged" if o["use_cls_head"] else "map"
+        # With a head per branch, the original counts the classes that each branch says.
+        classes = o["branch1"].get("num_classes", 1000) if head == "branches" else o["num_classes"]
+        o.get("num_classes"), o.get("use_cls_head")
+        o.finish()
+        return Classifier(spec, num_classes=classes, head=head, readout="first_patch" if head == "branches" else None)
     o.finish()
     return DensePyramid(as_built(spec) if count == 4 and "branch4" not in case else spec, scales=scales, taps=taps)
 
 
-def single(case: Mapping[str, Any], task: str, name: str) -> DensePyramid:
+def single(case: Mapping[str, Any], task: str, name: str) -> DensePyramid | Classifier:
     arch, options, o = BRANCHES[name](task, case["kwargs"], case)
+    if task == "cls":
+        return single_classifier(arch, options, o)
     if name == "ConvNextHFWrapper":
         if o.get("with_simple_fpn", True) or not o.get("single_branch", False):
             raise Unsupported(f"{case['class']}: simple FPN")
@@ -319,14 +367,31 @@ def single(case: Mapping[str, Any], task: str, name: str) -> DensePyramid:
     return DensePyramid(PyramidSpec((BranchSpec(arch, 1024, options=options),)))
 
 
+def single_classifier(arch: str, options: dict[str, Any], o: Options) -> Classifier:
+    options["class_position"] = options["family"] == "vit"
+    classes = o.get("num_classes", 1000) if o.get("use_final_norm_and_head", True) else 0
+    spec = PyramidSpec((BranchSpec(arch, o["img_size"], options=options),))
+    o.finish()
+    return Classifier(spec, num_classes=classes, readout="cls_token" if options["class_token"] else "mean")
+
+
 def pretrained_branch(case: Mapping[str, Any]) -> Branch:
     """The branch that a pretrained file of a `ckpt_*` case is loaded into."""
-    task, name = case["class"].split(".")
-    if task not in ("det", "seg") or name not in BRANCHES:
+    task, name = task_and_class(case["class"])
+    if task not in TASKS or name not in BRANCHES:
         raise Unsupported(f"{case['class']} (pretrained file)")
     arch, options, o = BRANCHES[name](task, case["kwargs"], case)
     o.finish()
     return create_branch(arch, **options)
+
+
+TASKS = ("det", "seg", "cls")
+
+
+def task_and_class(name: str) -> tuple[str, str]:
+    """Classification's classes are named without their task."""
+    task, _, rest = name.rpartition(".")
+    return task or "cls", rest
 
 
 DINO = "ChannelMapper neck + DINOHead (mmdet fork)"
@@ -390,8 +455,8 @@ def translate(case: Mapping[str, Any]) -> Translated:
     """
     if "class" not in case:
         raise Unsupported(f"case without a class: {case.get('case')}")
-    task, _, name = case["class"].partition(".")
+    task, name = task_and_class(case["class"])
     count = {"PIIPTwoBranch": 2, "PIIPThreeBranch": 3, "PIIPFourBranch": 4}.get(name)
-    if task not in ("det", "seg") or not (count or name in BRANCHES):
+    if task not in TASKS or not (count or name in BRANCHES):
         raise Unsupported(case["class"])
     return Translated(pyramid(case, task, count) if count else single(case, task, name))
