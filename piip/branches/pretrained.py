@@ -191,7 +191,8 @@ def from_augreg(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: A block lacks one of its q, k and v.
     """
-    converted, joint = {}, {}
+    converted: dict[str, Tensor] = {}
+    joint: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
         if name in AUGREG_NAMES:
             converted[AUGREG_NAMES[name]] = _kernel(name, tensor)
