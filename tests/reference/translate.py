@@ -307,9 +307,6 @@ def pyramid(case: Mapping[str, Any], task: str, count: int) -> DensePyramid | Cl
         norm_layer="LayerNorm",
         is_dino=False,
         with_simple_fpn=True,
-        num_classes=1000,
-        separate_head=False,
-        use_cls_head=True,
     )
     taps = None if o["with_simple_fpn"] else o["out_interaction_indexes"]
     branches = [pyramid_branch(task, o[f"branch{i + 1}"], case) for i in range(count)]
@@ -336,10 +333,11 @@ def pyramid(case: Mapping[str, Any], task: str, count: int) -> DensePyramid | Cl
     o.get("out_interaction_indexes")
     scales = (2, 1, 0.5) if o["is_dino"] else (4, 2, 1, 0.5)
     if task == "cls":
-        head = "branches" if o["separate_head"] else "merged" if o["use_cls_head"] else "map"
+        head = "merged" if o.get("use_cls_head", True) else "map"
+        head = "branches" if o.get("separate_head", False) else head
         # With a head per branch, the original counts the classes that each branch says.
-        classes = o["branch1"].get("num_classes", 1000) if head == "branches" else o["num_classes"]
-        o.get("num_classes"), o.get("use_cls_head")
+        classes = (o["branch1"] if head == "branches" else case["kwargs"]).get("num_classes", 1000)
+        o.get("num_classes")
         o.finish()
         return Classifier(spec, num_classes=classes, head=head, readout="first_patch" if head == "branches" else None)
     o.finish()
