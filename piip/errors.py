@@ -12,6 +12,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be read, or does not fit the model."""
 
 
+class DownloadError(RuntimeError):
+    """A file cannot be fetched, whole and undamaged."""
+
+
 def unknown(kind: str, name: object, known: Iterable[str]) -> str:
     """Return one line for an unknown name: the nearest known ones first, then all of them."""
     known = list(known)

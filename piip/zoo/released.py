@@ -6,6 +6,7 @@ code.
 """
 
 import csv
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from piip.errors import SpecError, unknown
+from piip.zoo.specs import resolve_spec
 
 HUB = "OpenGVLab/PIIP"
 """The repository on the Hugging Face hub that holds the released detectors, segmentors and classifiers."""
@@ -181,3 +183,78 @@ def find_row(name: str) -> Row:
     if name not in _by_name():
         raise SpecError(unknown("row", name, list(_by_name())))
     return _by_name()[name]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a family of pretrained branch files comes from.
+
+    Attributes:
+        family: What the files are called.
+        pattern: Regular expression of their names, as `BranchSpec.weights` has them.
+        url: Their address; `{0}` is the whole name, `{1}`, `{2}` are the groups of the pattern.
+        licence: Licence of the weights, as their authors state it.
+    """
+
+    family: str
+    pattern: str
+    url: str
+    licence: str
+
+
+_META = "https://dl.fbaipublicfiles.com"
+_ON_HUB = ENDPOINT + "/{}/resolve/main/{{2}}"
+SOURCES: tuple[Source, ...] = (
+    Source("DeiT", r"deit_\w+_patch16_224-\w{8}\.pth", f"{_META}/deit/{{0}}", "Apache-2.0"),
+    Source("DeiT III", r"deit_3_\w+\.pth", f"{_META}/deit/{{0}}", "Apache-2.0"),
+    Source("MAE", r"mae_pretrain_vit_\w+\.pth", f"{_META}/mae/pretrain/{{0}}", "CC-BY-NC-4.0"),
+    Source("DINOv2", r"(dinov2_vit\w14)_pretrain\.pth", f"{_META}/dinov2/{{1}}/{{0}}", "Apache-2.0"),
+    Source("BEiTv2", r"beitv2_\w+\.pth", "https://github.com/addf400/files/releases/download/BEiT-v2/{0}", "MIT"),
+    Source(
+        "Uni-Perceiver",
+        r"uni-perceiver-.+_converted\.pth",
+        "https://github.com/czczup/ViT-Adapter/releases/download/v0.3.1/{0}",
+        "Apache-2.0",
+    ),
+    Source(
+        "AugReg (384)", r"\w+_16-i21k-.+-res_384\.pth", f"{ENDPOINT}/{HUB}/resolve/main/detection/{{0}}", "Apache-2.0"
+    ),
+    Source(
+        "AugReg (224)",
+        r"\w+_16-i21k-.+-res_224\.npz",
+        "https://storage.googleapis.com/vit_models/augreg/{0}",
+        "Apache-2.0",
+    ),
+    Source("InternViT-6B", r"intern_vit_6b_\w+\.pth", f"{ENDPOINT}/OpenGVLab/InternVL/resolve/main/{{0}}", "MIT"),
+    Source("ConvNeXt", r"(convnext-\w+-224)/(.+)", _ON_HUB.format("facebook/{1}"), "Apache-2.0"),
+    Source("CLIP", r"(clip-vit-(?:base-patch16|large-patch14-336))/(.+)", _ON_HUB.format("openai/{1}"), "MIT"),
+    Source(
+        "CLIP, patches of 16", r"(clip-vit-large-patch14to16-\d+)/(.+)", _ON_HUB.format("OpenGVLab/{1}"), "not stated"
+    ),
+    Source("CLIP ConvNeXt", r"(convnext_\w+\.clip_\w+)/(.+)", _ON_HUB.format("timm/{1}"), "MIT"),
+)
+"""Where the pretrained branches come from, by the name of their file."""
+
+
+def find_source(weights: str) -> tuple[Source, str]:
+    """Return the source of a pretrained branch file, and the file's address.
+
+    Args:
+        weights: The file's name, see `piip.zoo.specs.BranchSpec.weights`.
+
+    Raises:
+        SpecError: No source is known for such a name.
+    """
+    for source in SOURCES:
+        if match := re.fullmatch(source.pattern, weights):
+            return source, source.url.format(weights, *match.groups())
+    raise SpecError(f"nobody's pretrained file is called {weights!r}; known: {', '.join(s.family for s in SOURCES)}")
+
+
+def branch_weights(spec: str) -> list[str]:
+    """Return the names of the pretrained files that a row of the zoo starts from, each once.
+
+    Raises:
+        SpecError: There is no such row.
+    """
+    return list(dict.fromkeys(branch.weights for branch in resolve_spec(spec).branches if branch.weights))
