@@ -13,7 +13,7 @@ from piip.branches.vit import ViTBranch
 from piip.checkpoint import unread_shapes
 from piip.deformable import DeformableCrossAttention, Float32Linear
 from piip.errors import SpecError, unknown
-from piip.models import DensePyramid
+from piip.models import MODELS as TASK_MODELS
 from piip.zoo.specs import PyramidSpec, build_pyramid, resolve_spec
 
 
@@ -52,7 +52,7 @@ class _Tower(nn.Module):
         return [tokens.x for tokens in self.pyramid(images)[0]]
 
 
-MODELS: dict[str, Callable[..., Any]] = {"dense": DensePyramid, "tower": _Tower}
+MODELS: dict[str, Callable[..., Any]] = {**TASK_MODELS, "tower": _Tower}
 """What a spec can become."""
 
 # Where the children of these models are counted.
@@ -233,7 +233,7 @@ def published(
         if id(module) in part_of:
             module.register_forward_hook(count(name))
     with torch.no_grad():
-        states = [] if convention == "detection" else network.pyramid(images)[0]
+        states = network.pyramid(images)[0] if convention == "classification" and model == "dense" else []
         if not states:
             network(images)
             macs["fpn"] = 0

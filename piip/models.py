@@ -8,11 +8,12 @@ from typing import Any, Literal, cast
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from piip.branches.pretrained import find_weights, load_pretrained, read_pretrained
 from piip.branches.vit import ViTBranch
 from piip.checkpoint import load_checkpoint, register_released_loading
-from piip.errors import SpecError, unknown
+from piip.errors import CheckpointError, SpecError, unknown
 from piip.fpn import RegularFPN, SimpleFPN
 from piip.init import init_layer
 from piip.merge import BranchMerge
@@ -62,6 +63,31 @@ class PyramidModel(nn.Module):
 
     def use_released_form(self) -> None:
         """Compute what the released models of this kind do; called before a released file is loaded."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return the options of the class, beside the spec, that decide which weights the model has, ready for JSON."""
+        return {}
+
+    def save_pretrained(self, folder: str | Path, **about: Any) -> Path:
+        """Write the model as a directory for the Hugging Face hub, see `piip.integrations.hub.save_pretrained`."""
+        from piip.integrations.hub import save_pretrained  # the hub's client is slow to import
+
+        return save_pretrained(self, folder, **about)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **options: Any) -> Self:
+        """Build a model from such a directory, or from the hub, see `piip.integrations.hub.from_pretrained`.
+
+        Raises:
+            CheckpointError: It holds no model, or one of another class.
+            DownloadError: The repository cannot be fetched.
+        """
+        from piip.integrations.hub import from_pretrained
+
+        model = from_pretrained(source, **options)
+        if not isinstance(model, cls):
+            raise CheckpointError(f"{source} holds a {type(model).__name__}, not a {cls.__name__}")
+        return model
 
     def _build_merge(self, stage: int, style: str) -> BranchMerge:
         return BranchMerge(self.pyramid.dims(stage), self.pyramid.output_branch, style)
@@ -117,6 +143,10 @@ class DensePyramid(PyramidModel):
             self.out_channels = dims
             self.strides = [4.0 * 2**i for i in range(len(dims))]
             self.fpn = RegularFPN(dims, [own / target for own, target in zip(strides, self.strides, strict=True)])
+
+    def describe(self) -> dict[str, Any]:
+        """See `PyramidModel.describe`."""
+        return {"taps": list(self.taps)} if self.taps else {"scales": list(self.scales)}
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Map images `(B, 3, H, W)` to one map `(B, C, h, w)` per FPN level.
@@ -202,6 +232,11 @@ class Classifier(PyramidModel):
             "first_conv": tuple(f"pyramid.branches.{i}.patch_embed.proj" for i in range(len(branches))),
             "classifier": tuple(f"head.{i}" for i in range(len(branches))) if head == "branches" else "head",
         }
+
+    def describe(self) -> dict[str, Any]:
+        """See `PyramidModel.describe`."""
+        readout = {"readout": self.readout} if self.merge is None else {}
+        return {"num_classes": self.num_classes, "head": self.head_style, **readout}
 
     def _default_readout(self) -> Readout:
         return "cls_token" if all(_has_class_token(branch) for branch in self.pyramid.branches) else "mean"
@@ -401,26 +436,49 @@ def _has_class_token(branch: nn.Module) -> bool:
     return getattr(branch, "cls_token", None) is not None
 
 
+MODELS: dict[str, type[PyramidModel]] = {"dense": DensePyramid, "classifier": Classifier}
+"""What a spec can become."""
+
+
 def create_model(
-    spec: Spec, *, checkpoint: str | Path | None = None, drop_head: bool = False, **options: Any
+    spec: Spec,
+    *,
+    pretrained: bool | str | Path = False,
+    checkpoint: str | Path | None = None,
+    drop_head: bool = False,
+    **options: Any,
 ) -> PyramidModel:
-    """Build a classifier or a dense backbone, with the weights of a checkpoint where one is given.
+    """Build a classifier or a dense backbone, with released weights or those of a checkpoint where asked for.
 
     A row that is meant for classification, and any row with `num_classes`, gives a `Classifier`, others a
-    `DensePyramid`.
+    `DensePyramid`. A row of the published tables brings its options along (the levels of its FPN).
 
     Args:
-        spec: Name of a row of the zoo (see `piip.list_models`), a `PyramidSpec`, or a mapping.
+        spec: Name of a row of the zoo (see `piip.list_models`) or of a config of the published tables, a
+            `PyramidSpec`, or a mapping.
+        pretrained: True for the released weights of a published row: they are fetched once, into torch's hub folder
+            (`$TORCH_HOME/hub/piip`; `$HF_ENDPOINT` names a mirror). A path is a checkpoint.
         checkpoint: A released file, or one of ours; of the model, or of a whole detector.
         drop_head: Leave the file's classification head out, for another number of classes.
         **options: Options of the model's class.
 
     Raises:
-        SpecError: The spec cannot be built.
+        SpecError: The spec cannot be built, or has no released weights.
         CheckpointError: The file cannot be read, or holds another model.
+        DownloadError: The released weights cannot be fetched.
     """
-    spec = resolve_spec(spec)
+    from piip.zoo.released import PUBLISHED  # it reads specs itself
+
+    row = PUBLISHED.get(spec) if isinstance(spec, str) else None
+    spec = resolve_spec(row.spec if row else spec)
     kind = Classifier if spec.head != "dense" or "num_classes" in options else DensePyramid
+    if row and kind is DensePyramid and not options.keys() & {"scales", "taps"}:
+        options.update(row.options)
+    if pretrained is True:
+        from piip.zoo.download import download_weights
+
+        pretrained = download_weights(row)
+    checkpoint = pretrained or checkpoint
     if checkpoint is None:
         return kind(spec, **options)
     # Nothing is initialised only to be overwritten: the file's tensors become the parameters.

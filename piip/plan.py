@@ -4,12 +4,12 @@
 (within one percent, see `tools/plan.py --check`) in microseconds, so that thousands of combinations can be compared.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise, product
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -18,18 +18,17 @@ from piip.attention import CrossAttention, SelfAttention
 from piip.branches import Branch, ConvNeXtBranch, ViTBranch
 from piip.deformable import DeformableCrossAttention
 from piip.errors import SpecError
-from piip.interaction import Injector
 from piip.models import DensePyramid
 from piip.zoo.specs import PyramidSpec, resolve_spec
 
 Grid = tuple[int, int]
 
 
-def _linear(layer: nn.Module | None, cells: int) -> int:
+def _linear(layer: Any, cells: int) -> int:
     return 0 if layer is None or isinstance(layer, nn.Identity) else _weights(layer) * cells
 
 
-def _weights(module: nn.Module) -> int:
+def _weights(module: Any) -> int:
     """Number of weights of matrices and kernels: what one cell costs."""
     return sum(p.numel() for name, p in module.named_parameters() if p.ndim > 1 and name.endswith("weight"))
 
@@ -40,9 +39,8 @@ def vit_macs(branch: ViTBranch, image: Grid) -> int:
     cells = prod(grid)
     extra = 0 if branch.cls_token is None else 1
     total = _weights(branch.patch_embed) * cells
-    for block in branch.blocks:
-        attn = block.attn
-        assert isinstance(attn, SelfAttention)
+    for block in cast(Iterable[Any], branch.blocks):
+        attn: SelfAttention = block.attn
         window, dim = attn.window, attn.qkv.in_features
         padded = prod(-(-side // window) * window for side in grid) if window else cells + extra
         in_qkv = padded if attn.window_pad == "before_qkv" else cells
@@ -55,7 +53,7 @@ def convnext_macs(branch: ConvNeXtBranch, image: Grid) -> int:
     """Multiply-adds of a ConvNeXt branch on an image of `(height, width)` pixels."""
     height, width = (side // 4 for side in image)
     total = _weights(branch.stem) * height * width
-    for stage in branch.stages:
+    for stage in cast(Iterable[Any], branch.stages):
         if not isinstance(stage.downsample, nn.Identity):
             height, width = height // 2, width // 2
             total += _weights(stage.downsample) * height * width
@@ -63,7 +61,7 @@ def convnext_macs(branch: ConvNeXtBranch, image: Grid) -> int:
     return total
 
 
-def injector_macs(injector: Injector, query: int, feat: int) -> int:
+def injector_macs(injector: Any, query: int, feat: int) -> int:
     """Multiply-adds of one direction of an interaction, for numbers of tokens of the query and of the features."""
     attn = injector.attn
     total = _linear(injector.proj, feat)
@@ -132,19 +130,19 @@ class ClosedForm:
         costs = {"branches": sum(self._branch_macs(i, side) for i, side in enumerate(resolutions))}
         costs["interactions"] = 0
         for k, stage in enumerate(pyramid.stages):
-            for unit, (low, high) in zip(stage.units, pairwise(cells(k)), strict=True):
+            for unit, (low, high) in zip(cast(Iterable[Any], stage.units), pairwise(cells(k)), strict=True):
                 costs["interactions"] += injector_macs(unit.to_low, low, high) + injector_macs(unit.to_high, high, low)
-        merges = {int(k): merge for k, merge in self.model.tap_merges.items()}
+        merges: dict[int, Any] = {int(k): merge for k, merge in self.model.tap_merges.items()}
         merges |= {pyramid.depth - 1: self.model.merge} if self.model.merge is not None else {}
         costs["merging"] = sum(
             _weights(projection) * own
             for k, merge in merges.items()
             for projection, own in zip(merge.projections, cells(k), strict=True)
         )
-        stages = [*self.model.taps, pyramid.depth - 1] if self.model.taps else [pyramid.depth - 1]
+        levels: list[nn.Module] = list(cast(Any, self.model.fpn.levels).children())
+        # A simple FPN makes all levels of the last merged map, a regular one a level of each.
+        stages = [*self.model.taps, pyramid.depth - 1] if self.model.taps else [pyramid.depth - 1] * len(levels)
         outputs = [cells(k)[pyramid.output_branch] for k in stages]
-        levels = [*self.model.fpn.levels.values()] if not self.model.taps else [*self.model.fpn.levels]
-        outputs = outputs * len(levels) if not self.model.taps else outputs
         costs["fpn"] = sum(_level(level, own) for level, own in zip(levels, outputs, strict=True))
         return {**costs, "total": sum(costs.values())}
 

@@ -63,7 +63,7 @@ def _row_of_config(path: Path, shown: str) -> Row:
 def _row_of_spec(spec: Any, shown: str, options: dict[str, Any]) -> Row:
     resolved = resolve_spec(spec)
     resolution = "/".join(str(branch.resolution) for branch in reversed(resolved.branches))
-    table = "convnext" if options.get("taps") else "variants"
+    table = "imagenet" if resolved.head != "dense" else "convnext" if options.get("taps") else "variants"
     return Row(table, shown, spec, resolution, (), shown if shown.endswith(".py") else "", options=options)
 
 

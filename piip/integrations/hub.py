@@ -160,7 +160,8 @@ def _from_hub(repository: str, name: str, settings: dict[str, Any]) -> Path:
         return Path(hf_hub_download(repository, name, library_name="piip", **settings))
     except LocalEntryNotFoundError:
         raise DownloadError(
-            f"cannot reach the hub for {repository}: without network give a local directory; $HF_ENDPOINT names a mirror"
+            f"cannot reach the hub for {repository}: give a local directory where there is no network; $HF_ENDPOINT "
+            "names a mirror"
         ) from None
     except EntryNotFoundError:
         raise CheckpointError(f"the hub repository {repository} has no {name}: it holds no PIIP model") from None
@@ -223,7 +224,7 @@ def model_card(model: PyramidModel, title: str, metrics: Mapping[str, float], or
         "",
         "## Branches and licences",
         "",
-        "The code of PIIP is under the MIT licence. Weights that were trained on from these files fall under theirs too:",
+        "The code of PIIP is under the MIT licence. Weights that come from these files fall under their licences too:",
         "",
         "| branch | network | image | started from | family | licence |",
         "|---|---|---|---|---|---|",

@@ -12,7 +12,9 @@ from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import Any
 
-from piip.errors import DownloadError
+import torch
+
+from piip.errors import DownloadError, SpecError
 from piip.zoo.released import ENDPOINT, Row
 
 _CHUNK = 1 << 20
@@ -203,3 +205,17 @@ def download_released(
         return Path(snapshot_download(row.repository, local_dir=target, endpoint=endpoint or None))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise DownloadError(f"cannot get {row.weights_url}: {' '.join(str(error).split())[:300]}") from None
+
+
+def download_weights(row: Row | None) -> Path:
+    """Fetch the released weights of a row into torch's hub folder, unless they are there.
+
+    Raises:
+        SpecError: Not a row of the published tables, or its weights are not those of one vision model.
+        DownloadError: See `download`; or nothing was released for this row.
+    """
+    if row is None:
+        raise SpecError("pretrained=True is for rows of the published tables: give the path of a checkpoint instead")
+    if row.repository:
+        raise SpecError(f"{row.repository} holds a language model too: load it with piip_llava (see llava/README.md)")
+    return download_released(row, Path(torch.hub.get_dir()) / "piip")

@@ -9,7 +9,6 @@ import csv
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -168,21 +167,21 @@ with Path(__file__).with_suffix(".csv").open(encoding="utf-8", newline="") as _f
 """The published rows, in the order of the papers' tables (`released.csv` beside this file)."""
 
 
-@cache
-def _by_name() -> dict[str, Row]:
-    names = {alias: row for row in reversed(ROWS) for alias in (row.spec, row.name, row.config) if alias}
-    return names | {row.repository: row for row in ROWS if row.repository}
+PUBLISHED: dict[str, Row] = {
+    alias: row for row in reversed(ROWS) for alias in (row.spec, row.name, row.config, row.repository) if alias
+}
+"""The published rows by spec, by name and path of their config, and by repository; the first of several."""
 
 
 def find_row(name: str) -> Row:
-    """Return a row by its config's name or path, its spec, or its hub repository; the first one that fits.
+    """Return a row by one of the names of `PUBLISHED`.
 
     Raises:
         SpecError: There is no such row; the message lists the nearest names.
     """
-    if name not in _by_name():
-        raise SpecError(unknown("row", name, list(_by_name())))
-    return _by_name()[name]
+    if name not in PUBLISHED:
+        raise SpecError(unknown("row", name, PUBLISHED))
+    return PUBLISHED[name]
 
 
 @dataclass(frozen=True)
