@@ -18,53 +18,16 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from piip.budget import Costs, as_run, published
 from piip.errors import SpecError
-from piip.zoo.released import ROWS, TABLES, Row, find_row
-from piip.zoo.specs import list_models, resolve_spec
+from piip.zoo.released import ROWS, TABLES, Row, row_of
 
-ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = (
     "config", "resolution", "params_M", "published_params_M", "flops_G", "published_flops_G", "as_run_params_M",
     "as_run_flops_G", "note",
 )  # fmt: skip
-
-
-def row_of(name: str) -> Row:
-    """Return the row of a config's path or name, of a spec, or of any config whose backbone names a spec.
-
-    Raises:
-        SpecError: There is no such row, or the config describes no backbone of PIIP.
-    """
-    path = Path(name)
-    inside = path.resolve().relative_to(ROOT).as_posix() if path.resolve().is_relative_to(ROOT) else name
-    try:
-        return find_row(inside if path.suffix == ".py" else name)
-    except SpecError:
-        if path.suffix == ".py" and path.is_file():
-            return _row_of_config(path, inside)
-        if name in list_models():
-            return _row_of_spec(name, name, {})
-        raise
-
-
-def _row_of_config(path: Path, shown: str) -> Row:
-    from piip.integrations.config import read_config  # mmengine: of use only where such configs are
-
-    backbone = read_config(path).get("model", {}).get("backbone", {})
-    if "spec" not in backbone:
-        raise SpecError(f"{path} has no model.backbone.spec: give a config of a PIIP detector or segmentor")
-    return _row_of_spec(backbone["spec"], shown, {key: backbone[key] for key in ("scales", "taps") if key in backbone})
-
-
-def _row_of_spec(spec: Any, shown: str, options: dict[str, Any]) -> Row:
-    resolved = resolve_spec(spec)
-    resolution = "/".join(str(branch.resolution) for branch in reversed(resolved.branches))
-    table = "imagenet" if resolved.head != "dense" else "convnext" if options.get("taps") else "variants"
-    return Row(table, shown, spec, resolution, (), shown if shown.endswith(".py") else "", options=options)
 
 
 def count(row: Row, size: tuple[int, int] | None = None) -> dict[str, Costs]:

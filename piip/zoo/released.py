@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from piip.errors import SpecError, unknown
-from piip.zoo.specs import resolve_spec
+from piip.zoo.specs import SPECS, resolve_spec
 
 HUB = "OpenGVLab/PIIP"
 """The repository on the Hugging Face hub that holds the released detectors, segmentors and classifiers."""
@@ -182,6 +182,35 @@ def find_row(name: str) -> Row:
     if name not in PUBLISHED:
         raise SpecError(unknown("row", name, PUBLISHED))
     return PUBLISHED[name]
+
+
+def row_of(name: str) -> Row:
+    """Return a row for anything that names a model: a published row, a spec, or a config file with a PIIP backbone.
+
+    Raises:
+        SpecError: There is no such row, or the config describes no backbone of PIIP.
+    """
+    path = Path(name)
+    if path.suffix != ".py":
+        return find_row(name) if name in PUBLISHED or name not in SPECS else _row_of_spec(name, name, {})
+    if name in PUBLISHED or path.stem in PUBLISHED:
+        return find_row(name if name in PUBLISHED else path.stem)
+    if not path.is_file():
+        raise SpecError(f"there is no config {path}; {unknown('row', path.stem, PUBLISHED)}")
+    from piip.integrations.config import read_config  # mmengine: of use only where such configs are
+
+    backbone = read_config(path).get("model", {}).get("backbone", {})
+    if "spec" not in backbone:
+        raise SpecError(f"{path} has no model.backbone.spec: give a config of a PIIP detector or segmentor")
+    return _row_of_spec(backbone["spec"], name, {key: backbone[key] for key in ("scales", "taps") if key in backbone})
+
+
+def _row_of_spec(spec: Any, shown: str, options: dict[str, Any]) -> Row:
+    resolved = resolve_spec(spec)
+    resolution = "/".join(str(branch.resolution) for branch in reversed(resolved.branches))
+    table = "imagenet" if resolved.head != "dense" else "convnext" if options.get("taps") else "variants"
+    config = shown if shown.endswith(".py") else ""
+    return Row(table, shown, spec, resolution, (), config, options=options, released=False)
 
 
 @dataclass(frozen=True)

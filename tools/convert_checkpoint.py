@@ -1,0 +1,84 @@
+#!/usr/bin/env python3
+"""Convert a checkpoint from the authors' parameter names to ours, to a directory for the hub, or back.
+
+    python tools/convert_checkpoint.py released.pth ours.safetensors --model deit3-sbl-1568-1120-672 --to ours
+    python tools/convert_checkpoint.py ours.safetensors again.pth    --model deit3-sbl-1568-1120-672 --to released
+    python tools/convert_checkpoint.py released.pth my-model/        --model CONFIG --to hub
+
+A file of a backbone, of a classifier, or of a whole detector or segmentor; nothing may be missing or left over.
+Training loads files of both kinds, so this is for other programs, and for publishing. Tensors that a released file
+holds and nothing reads go into `NAME.unread.safetensors` beside the result, for an exact way back.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from piip.errors import CheckpointError, SpecError
+from piip.integrations.hub import save_pretrained
+from piip.models import Classifier, PyramidModel, create_model
+from piip.zoo.convert import Rules, convert_file
+from piip.zoo.released import Row, row_of
+
+
+def build(row: Row) -> PyramidModel:
+    """Return a row's model in the form of released files, without memory for its weights."""
+    with torch.device("meta"):
+        model = create_model(row.spec, **row.options)
+    model.use_released_form()
+    return model
+
+
+def rules_of(row: Row) -> Rules:
+    """Return how a detector's names differ outside its backbone."""
+    if row.head != "DINO":
+        return ()
+    from piip.integrations.mmdet_dino import RULES  # needs mmdet
+
+    return RULES
+
+
+def to_hub(row: Row, source: Path, target: Path) -> None:
+    """Write a checkpoint's backbone or classifier as a directory for the hub."""
+    model = create_model(row.spec, checkpoint=source, **row.options)
+    save_pretrained(model, target)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="the checkpoint")
+    parser.add_argument("target", type=Path, help=".safetensors or .pth; with --to hub a directory")
+    parser.add_argument("--model", required=True, help="row of the published tables, spec, or config file")
+    parser.add_argument("--to", choices=("ours", "released", "hub"), required=True)
+    parser.add_argument(
+        "--first-patch",
+        action="store_true",
+        help="classifiers, to released names: the heads of this file do read the first patch, as released ones do",
+    )
+    args = parser.parse_args(arguments)
+    if args.target.exists() and args.to != "hub":
+        parser.error(f"{args.target} is there already: choose another name, or remove it")
+    row = row_of(args.model)
+    if args.to == "hub":
+        to_hub(row, args.source, args.target)
+        print(f"{args.target}: config.json, model.safetensors, README.md")
+        return
+    model = build(row)
+    if isinstance(model, Classifier) and args.to == "released" and not args.first_patch:
+        parser.error(
+            "released classifiers read the first patch token, ours the class token: with --first-patch you say that "
+            "this file was trained, or released, in the first form"
+        )
+    count, unread = convert_file(model, args.source, args.target, args.to, rules=rules_of(row))
+    print(f"{args.target}: {count} tensors" + (f", and {unread} that nothing reads beside it" if unread else ""))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (CheckpointError, SpecError) as error:
+        sys.exit(f"convert_checkpoint.py: error: {error}")
