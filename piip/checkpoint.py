@@ -79,6 +79,18 @@ FAMILY_RULES = {
         ("blocks.{k}.mlp.fc2.*", "layers.{k}.linear2.*"),
         ("blocks.{k}.*", "layers.{k}.*"),
     ),
+    # Hugging Face's names, except that the released q, k and v projections are three tensors: see `join_qkv`.
+    "clip": (
+        ("cls_token", "clip_model.embeddings.class_embedding"),
+        ("patch_embed.proj.*", "clip_model.embeddings.patch_embedding.*"),
+        ("pos_embed", "clip_model.embeddings.position_embedding.weight"),
+        ("embed_norm.*", "clip_model.pre_layrnorm.*"),
+        ("blocks.{k}.norm1.*", "clip_model.encoder.layers.{k}.layer_norm1.*"),
+        ("blocks.{k}.attn.qkv.*", "clip_model.encoder.layers.{k}.self_attn.qkv_proj.*"),
+        ("blocks.{k}.attn.proj.*", "clip_model.encoder.layers.{k}.self_attn.out_proj.*"),
+        ("blocks.{k}.norm2.*", "clip_model.encoder.layers.{k}.layer_norm2.*"),
+        ("blocks.{k}.mlp.*", "clip_model.encoder.layers.{k}.mlp.*"),
+    ),
     "convnext": (
         ("stem.0.*", "convnext_model.embeddings.patch_embeddings.*"),
         ("stem.1.*", "convnext_model.embeddings.layernorm.*"),
@@ -109,6 +121,15 @@ def rename(name: str, rules: Iterable[tuple[str, str]]) -> str | None:
 def _fill(target: str, values: dict[str, str]) -> str:
     target = target.replace("*", values.get("rest", ""))
     return re.sub(r"{(\w)(?:\+(\d))?}", lambda m: str(int(values[m[1]]) + int(m[2] or 0)), target)
+
+
+def join_qkv(name: str) -> tuple[str, int]:
+    """Return the name of the joint projection that a separate q, k or v tensor belongs to, and its third (0, 1, 2).
+
+    The third is -1 for a tensor of another kind, whose name comes back as it is.
+    """
+    match = re.fullmatch(r"(.+\.self_attn\.)([qkv])(_proj\.(?:weight|bias))", name)
+    return (f"{match[1]}qkv{match[3]}", "qkv".index(match[2])) if match else (name, -1)
 
 
 def released_names(model: "PyramidModel") -> dict[str, str]:

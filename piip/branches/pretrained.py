@@ -14,7 +14,7 @@ from torch import Tensor
 from piip.branches.base import Branch
 from piip.branches.convnext import ConvNeXtBranch
 from piip.branches.vit import ViTBranch, resize_positions
-from piip.checkpoint import FAMILY_RULES, LAYER_SCALE_RULES, read_state_dict, rename
+from piip.checkpoint import FAMILY_RULES, LAYER_SCALE_RULES, join_qkv, read_state_dict, rename
 from piip.errors import CheckpointError
 
 TABLE = "attn.relative_position_bias_table"
@@ -123,6 +123,32 @@ def resize_relative_positions(table: Tensor, side: int) -> Tensor:
     return torch.from_numpy(resized).to(table.dtype)
 
 
+def convert_clip(state: Mapping[str, Tensor], branch: ViTBranch) -> dict[str, Tensor]:
+    """Bring the image tower of a Hugging Face CLIP to the branch's names; sizes stay as they are.
+
+    Args:
+        state: Tensors by the file's names; a text tower beside the image tower is left out.
+        branch: The branch they are meant for.
+
+    Returns:
+        Tensors by the branch's names; empty where the file is no such model.
+    """
+    names = {rename(name, FAMILY_RULES["clip"]): name for name in branch.state_dict()}
+    given: dict[str, Tensor] = {}
+    thirds: dict[str, dict[int, Tensor]] = {}
+    for name, tensor in state.items():
+        joint, third = join_qkv(re.sub(r"^vision_model\.", "clip_model.", name))
+        if third < 0:
+            given[joint] = tensor
+        else:
+            thirds.setdefault(joint, {})[third] = tensor
+    given.update({name: torch.cat([parts[i] for i in range(3)]) for name, parts in thirds.items() if len(parts) == 3})
+    converted = {names[name]: tensor for name, tensor in given.items() if name in names}
+    if "cls_token" in converted:
+        converted["cls_token"] = converted["cls_token"].reshape(1, 1, -1)
+    return converted
+
+
 def check_vit(state: Mapping[str, Tensor], branch: ViTBranch) -> None:
     """Check that a pretrained file fits a branch.
 
@@ -144,7 +170,7 @@ def check_vit(state: Mapping[str, Tensor], branch: ViTBranch) -> None:
 
 
 def convert_convnext(state: Mapping[str, Tensor], branch: ConvNeXtBranch) -> dict[str, Tensor]:
-    """Bring the tensors of a Hugging Face ConvNeXt to a branch; its final norm and head are left out.
+    """Bring the tensors of a ConvNeXt of Hugging Face, timm or OpenCLIP to a branch; final norm and head are left out.
 
     Args:
         state: Tensors by the file's names.
@@ -153,8 +179,9 @@ def convert_convnext(state: Mapping[str, Tensor], branch: ConvNeXtBranch) -> dic
     Returns:
         Tensors by the branch's names; empty where the file is no such model.
     """
-    names = {rename(name, FAMILY_RULES["convnext"]): name for name in branch.state_dict()}
-    given = {re.sub(r"^convnext\.", "convnext_model.", name): tensor for name, tensor in state.items()}
+    own = branch.state_dict()
+    names = {**{name: name for name in own}, **{rename(name, FAMILY_RULES["convnext"]): name for name in own}}
+    given = {re.sub(r"^visual\.trunk\.", "", re.sub(r"^convnext\.", "convnext_model.", n)): t for n, t in state.items()}
     return {names[name]: tensor for name, tensor in given.items() if name in names}
 
 
@@ -267,6 +294,7 @@ def load_pretrained(branch: Branch, path: str | Path, state: Mapping[str, Tensor
     state = read_pretrained(path) if state is None else state
     try:
         if isinstance(branch, ViTBranch):
+            state = (branch.family == "clip" and convert_clip(state, branch)) or state
             check_vit(state, branch)
             state = {**branch.state_dict(), **convert_vit(state, branch)}
         elif isinstance(branch, ConvNeXtBranch):

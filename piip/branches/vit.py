@@ -1,6 +1,6 @@
 """One plain vision transformer for every pretrained family.
 
-DeiT, DeiT III, AugReg, MAE, DINOv2, BEiT(v2), Uni-Perceiver, InternViT-6B.
+DeiT, DeiT III, AugReg, MAE, DINOv2, BEiT(v2), Uni-Perceiver, InternViT-6B, CLIP.
 """
 
 import math
@@ -91,7 +91,10 @@ class ViTBranch(Branch):
         pos_prefix: Rows of the position table in front of the grid (one for a class token).
         time_steps: Rows of a table of time steps (Uni-Perceiver, which is trained on videos too); an image is step 0.
             0 for no table.
-        embed_norm: Whether embedded tokens are normalised before the first block.
+        embed_norm: Whether embedded tokens are normalised before the first block (Uni-Perceiver, CLIP).
+        patch_stride: Pixels from one patch to the next where that is not the patch size (LLaVA's original, after
+            resizing the kernel of a network with other patches).
+        patch_bias: Whether the patch embedding has a bias.
         rel_pos: Relative position bias of every block: `window` learns it for the block's window, a number of tokens
             for windows of that side; None for none.
         class_token: Whether a class token travels along (as `Tokens.prefix`).
@@ -128,6 +131,8 @@ class ViTBranch(Branch):
         pos_prefix: int = 0,
         time_steps: int = 0,
         embed_norm: bool = False,
+        patch_stride: int | None = None,
+        patch_bias: bool = True,
         rel_pos: int | Literal["window"] | None = None,
         class_token: bool = False,
         class_position: bool = True,
@@ -158,7 +163,7 @@ class ViTBranch(Branch):
         if class_token and any(windows):
             raise SpecError("a branch with a class token attends globally: leave out window or class_token")
         self.dims = (embed_dim,) * depth
-        self.strides = (patch_size,) * depth
+        self.strides = (patch_stride or patch_size,) * depth
         self.patch_size = patch_size
         self.pos_grid = None if pos_grid is None else (pos_grid[0], pos_grid[1])
         self.pos_prefix = pos_prefix
@@ -166,7 +171,9 @@ class ViTBranch(Branch):
         self.family = family
         norm_layer = NORMS[norm]
         self._norm = partial(norm_layer, embed_dim, eps=norm_eps)
-        self.patch_embed = PatchEmbed(None, patch_size, embed_dim=embed_dim, flatten=False)
+        self.patch_embed = PatchEmbed(None, patch_size, embed_dim=embed_dim, flatten=False, bias=patch_bias)
+        if patch_stride is not None:
+            self.patch_embed.proj.stride = (patch_stride, patch_stride)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
         rows = pos_prefix + math.prod(pos_grid) if pos_grid else 0
         self.pos_embed = nn.Parameter(torch.zeros(1, rows, embed_dim)) if rows else None
@@ -322,6 +329,16 @@ _SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "l
 # BEiT and BEiTv2: no position table, but a relative position bias learned for the window.
 _BEIT = {"family": "beit", "layer_scale": 1e-6, "pos_grid": None, "rel_pos": "window", "qkv_bias": "q_and_v"}
 _UNIPERCEIVER = {"family": "uniperceiver", "layer_scale": 0.0, "time_steps": 8, "embed_norm": True, "norm_eps": 1e-5}
+# CLIP's image tower; its class token has a row of the position table, and travels along.
+_CLIP = {
+    "family": "clip",
+    "act": "quick_gelu",
+    "norm_eps": 1e-5,
+    "embed_norm": True,
+    "patch_bias": False,
+    "pos_prefix": 1,
+    "class_token": True,
+}
 
 register_branch("vit")(ViTBranch)
 for _size, (_dim, _depth, _heads) in {**_SIZES, "huge": (1280, 32, 16)}.items():
@@ -332,6 +349,7 @@ for _size, (_dim, _depth, _heads) in {**_SIZES, "huge": (1280, 32, 16)}.items():
     if _size in ("base", "large"):
         register_branch(f"beit_{_size}", **_shape, **_BEIT)(ViTBranch)
         register_branch(f"uniperceiver_{_size}", **_shape, **_UNIPERCEIVER)(ViTBranch)
+        register_branch(f"clip_{_size}", **_shape, **_CLIP)(ViTBranch)
 register_branch(
     "internvit_6b",
     embed_dim=3200,

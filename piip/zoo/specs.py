@@ -232,10 +232,39 @@ _INTERNVIT = {
     "h": BranchSpec("vit_huge", 0, weights="mae_pretrain_vit_huge.pth", drop_path=0.4),
     "l": _DEIT_384["l"],
 }
+# LLaVA's towers: CLIP (l, b), and ConvNeXt (cb, cl) pretrained by CLIP.
+_CLIP = {
+    "l": BranchSpec("clip_large", 0, weights="clip-vit-large-patch14to16-224/pytorch_model.bin", drop_path=0.4),
+    "b": BranchSpec("clip_base", 0, weights="clip-vit-base-patch16/pytorch_model.bin", drop_path=0.4),
+    "cb": BranchSpec(
+        "convnext_base", 0, weights="convnext_base.clip_laiona_augreg_320/open_clip_pytorch_model.bin", drop_path=0.4
+    ),
+    "cl": BranchSpec(
+        "convnext_large", 0, weights="convnext_large_mlp.clip_laion2b_ft_320/open_clip_pytorch_model.bin", drop_path=0.4
+    ),
+}
+_CLIP_336 = {
+    **_CLIP,
+    "l": replace(
+        _CLIP["l"],
+        weights="clip-vit-large-patch14to16-336/pytorch_model.bin",
+        options={"pos_grid": (21, 21)},
+    ),
+}
+# The one that LLaVA-1.5 uses, as a single branch with patches of 14 pixels.
+_CLIP_L14_336 = BranchSpec(
+    "clip_large",
+    336,
+    weights="clip-vit-large-patch14-336/pytorch_model.bin",
+    options={"patch_size": 14, "pos_grid": (24, 24)},
+)
 # ConvNeXt's blocks per stage for 12 interactions, down-sampling layers included: one group for each of the first,
 # second and last resolution, nine for the third.
 CONVNEXT_21 = (3, 4, 2, 1, 1, 1, 1, 1, 1, 1, 1, 4)
 CONVNEXT_39 = (3, 4, 4, 3, 3, 3, 3, 3, 3, 3, 3, 4)
+# For 24 and for 2 interactions (LLaVA's towers).
+CONVNEXT_39_BY_24 = (2, 1, 2, 2, 3, 1, *(2, 1) * 8, 2, 2)
+CONVNEXT_39_BY_2 = (20, 19)
 # As Hugging Face's repositories name it, one folder per model.
 _HF_FILE = "convnext-{}-224/pytorch_model.bin"
 _HYBRID = {
@@ -310,6 +339,14 @@ def _segmentor(letters: str, *resolutions: int) -> PyramidSpec:
     return replace(spec, branches=tuple(branches))
 
 
+def _tower(letters: Iterable[str], *resolutions: int, clip_grid: int, interactions: int) -> PyramidSpec:
+    """A vision tower of LLaVA, the largest image first."""
+    family = _CLIP if clip_grid == 14 else _CLIP_336
+    schedule = {12: CONVNEXT_39, 24: CONVNEXT_39_BY_24, 2: CONVNEXT_39_BY_2}[interactions]
+    branches = {k: replace(b, blocks=schedule) if b.arch.startswith("convnext") else b for k, b in family.items()}
+    return _row(branches, letters, *resolutions, interactions=interactions)
+
+
 SPECS: dict[str, PyramidSpec] = {
     # COCO, Mask R-CNN 1x: ViTDet baselines with every third block global, pyramids windowed throughout
     "deit3-b-1024": _row(_DEIT, "b", 1024, window=14, global_every=3),
@@ -363,6 +400,15 @@ SPECS: dict[str, PyramidSpec] = {
     "cls-augreg-sbl-320-160-96": _classifier(_AUGREG_224, "sbl", 320, 160, 96),
     "cls-augreg-sbl-384-192-128": _classifier(_AUGREG_224, "sbl", 384, 192, 128),
     "cls-scratch-b-512-256-128": _classifier(_SCRATCH, "321", 512, 256, 128, head="merged"),
+    # LLaVA: one map per branch. The 13B rows with ConvNeXt have 24 interactions, the 7B rows 12.
+    "clip-l-336": PyramidSpec((_CLIP_L14_336,)),
+    "clip-bl-512-256": _tower("bl", 512, 256, clip_grid=14, interactions=2),
+    "clip-bl-512-448": _tower("bl", 512, 448, clip_grid=21, interactions=12),
+    "convnext-b-clip-l-640-224": _tower(("cb", "l"), 640, 224, clip_grid=14, interactions=2),
+    "convnext-b-clip-l-1024-336": _tower(("cb", "l"), 1024, 336, clip_grid=21, interactions=12),
+    "convnext-b-clip-l-1024-336-24": _tower(("cb", "l"), 1024, 336, clip_grid=21, interactions=24),
+    "convnext-l-clip-l-1024-336": _tower(("cl", "l"), 1024, 336, clip_grid=21, interactions=12),
+    "convnext-l-clip-l-1024-336-24": _tower(("cl", "l"), 1024, 336, clip_grid=21, interactions=24),
 }
 for _name in ("augreg-sbl-1568-1120-672", "internvit-h6b-1024-512"):
     SPECS[f"{_name}-speedup"] = _speedup(SPECS[_name])

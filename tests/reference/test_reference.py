@@ -47,6 +47,7 @@ SUPPORTED = (
     "ckpt_deit",
     "ckpt_internvit",
     "cls_",
+    "llava_",
 )
 
 
@@ -78,6 +79,9 @@ def test_case(path: Path, record_property) -> None:
         check = check_pretrained_classifier
     elif path.stem.startswith("cls_augreg_npz"):
         check = check_augreg_npz
+    elif path.stem.startswith("llava_"):
+        pytest.importorskip("transformers", reason="needs the llava extra")
+        from cases_llava import check_llava as check
     else:
         check = check_dino if case.get("class") == DINO else check_model
     try:
