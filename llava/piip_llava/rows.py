@@ -16,37 +16,35 @@ class Row:
         tower: Options of the tower, see `piip_llava.tower.build_tower`.
         projector: Options of the projector, see `piip_llava.projector.build_projector`.
         statistics: Mean and standard deviation that images are normalised with.
-        published_gmacs: Encoder cost in the paper's table, in 1e9 multiply-adds.
     """
 
     language_model: str
     tower: dict[str, Any]
     projector: dict[str, Any] = field(default_factory=lambda: {"type": "separate"})
     statistics: dict[str, Any] = field(default_factory=lambda: IMAGENET)
-    published_gmacs: int | None = None
 
 
-def _piip(size: str, spec: str, gmacs: int) -> Row:
-    return Row(f"lmsys/vicuna-{size}-v1.5", {"type": "pyramid", "spec": spec}, published_gmacs=gmacs)
+def _piip(size: str, spec: str) -> Row:
+    return Row(f"lmsys/vicuna-{size}-v1.5", {"type": "pyramid", "spec": spec})
 
 
 def _llava(size: str) -> Row:
     tower = {"type": "plain", "spec": "clip-l-336", "select_layer": -2, "select_feature": "patch"}
-    return Row(f"lmsys/vicuna-{size}-v1.5", tower, {"type": "mlp", "depth": 2}, CLIP, published_gmacs=191)
+    return Row(f"lmsys/vicuna-{size}-v1.5", tower, {"type": "mlp", "depth": 2}, CLIP)
 
 
 # By the names of the authors' config files, which is also what a released `config.json` tells of the tower. The 13B
-# rows with ConvNeXt have twice the interactions of the 7B rows; the table repeats the 7B rows' cost for them.
+# rows with ConvNeXt have twice the interactions of the 7B rows. `piip.zoo.released` has the published figures.
 ROWS = {
     "llava-1.5_7B": _llava("7b"),
     "llava-1.5_13B": _llava("13b"),
-    "piip-llava_clip-bl_512-256_7B": _piip("7b", "clip-bl-512-256", 193),
-    "piip-llava_convnext-b_clip-l_640-224_7B": _piip("7b", "convnext-b-clip-l-640-224", 191),
-    "piip-llava_clip-bl_512-448_7B": _piip("7b", "clip-bl-512-448", 422),
-    "piip-llava_convnext-b_clip-l_1024-336_7B": _piip("7b", "convnext-b-clip-l-1024-336", 598),
-    "piip-llava_convnext-l_clip-l_1024-336_7B": _piip("7b", "convnext-l-clip-l-1024-336", 1037),
-    "piip-llava-plus_convnext-l_clip-l_1024-336_7B": _piip("7b", "convnext-l-clip-l-1024-336", 1037),
-    "piip-llava_clip-bl_512-448_13B": _piip("13b", "clip-bl-512-448", 422),
-    "piip-llava_convnext-b_clip-l_1024-336_13B": _piip("13b", "convnext-b-clip-l-1024-336-24", 598),
-    "piip-llava_convnext-l_clip-l_1024-336_13B": _piip("13b", "convnext-l-clip-l-1024-336-24", 1037),
+    "piip-llava_clip-bl_512-256_7B": _piip("7b", "clip-bl-512-256"),
+    "piip-llava_convnext-b_clip-l_640-224_7B": _piip("7b", "convnext-b-clip-l-640-224"),
+    "piip-llava_clip-bl_512-448_7B": _piip("7b", "clip-bl-512-448"),
+    "piip-llava_convnext-b_clip-l_1024-336_7B": _piip("7b", "convnext-b-clip-l-1024-336"),
+    "piip-llava_convnext-l_clip-l_1024-336_7B": _piip("7b", "convnext-l-clip-l-1024-336"),
+    "piip-llava-plus_convnext-l_clip-l_1024-336_7B": _piip("7b", "convnext-l-clip-l-1024-336"),
+    "piip-llava_clip-bl_512-448_13B": _piip("13b", "clip-bl-512-448"),
+    "piip-llava_convnext-b_clip-l_1024-336_13B": _piip("13b", "convnext-b-clip-l-1024-336-24"),
+    "piip-llava_convnext-l_clip-l_1024-336_13B": _piip("13b", "convnext-l-clip-l-1024-336-24"),
 }

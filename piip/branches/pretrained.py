@@ -180,7 +180,8 @@ def convert_convnext(state: Mapping[str, Tensor], branch: ConvNeXtBranch) -> dic
         Tensors by the branch's names; empty where the file is no such model.
     """
     own = branch.state_dict()
-    names = {**{name: name for name in own}, **{rename(name, FAMILY_RULES["convnext"]): name for name in own}}
+    names: dict[str | None, str] = {name: name for name in own}
+    names.update({rename(name, FAMILY_RULES["convnext"]): name for name in own})
     given = {re.sub(r"^visual\.trunk\.", "", re.sub(r"^convnext\.", "convnext_model.", n)): t for n, t in state.items()}
     return {names[name]: tensor for name, tensor in given.items() if name in names}
 
