@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -197,11 +198,16 @@ def is_released(directory: str | os.PathLike) -> bool:
     file = Path(directory) / "config.json"
     if not file.is_file():
         return False
-    fields = _read_json(file)
+    fields = read_json(file)
     return fields.get("model_type") in MODEL_TYPES and "mm_vision_tower" in fields
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """Return what a JSON file holds.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -233,7 +239,7 @@ def check_shards(directory: str | os.PathLike) -> list[Path]:
     for stem in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{stem}.index.json"
         if index.is_file():
-            names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+            names = sorted(set(read_json(index).get("weight_map", {}).values()))
             if lacking := [name for name in names if not (folder / name).is_file()]:
                 raise CheckpointError(
                     f"{folder} lacks {len(lacking)} of its {len(names)} shards, the first is {lacking[0]}: get it again"
@@ -244,17 +250,23 @@ def check_shards(directory: str | os.PathLike) -> list[Path]:
     raise CheckpointError(f"{folder} holds no weights: expected model.safetensors, or its index and shards")
 
 
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is truncated or not a checkpoint: get it again ({error})") from None
+
+
 def _stream(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
     for file in files:
         if file.suffix != ".safetensors":
             yield from read_state_dict(file).items()
             continue
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118
-                    yield name, opened.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} is truncated or not a checkpoint: get it again ({error})") from None
+        with _opened(file) as opened:
+            for name in opened.keys():  # noqa: SIM118
+                yield name, opened.get_tensor(name)
 
 
 def _position_grids(files: Iterable[Path]) -> dict[int, int]:
@@ -263,7 +275,7 @@ def _position_grids(files: Iterable[Path]) -> dict[int, int]:
     pattern = re.compile(re.escape(TOWER) + r"branch(\d+)\.clip_model\.embeddings\.position_embedding\.weight")
     for file in files:
         if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as opened:
+            with _opened(file) as opened:
                 for name in opened.keys():  # noqa: SIM118
                     if match := pattern.fullmatch(name):
                         rows = opened.get_slice(name).get_shape()[0]
@@ -336,7 +348,7 @@ def read_directory(
     from piip_llava.modeling import PiipLlavaForConditionalGeneration
 
     files = check_shards(directory)
-    fields = _read_json(Path(directory) / "config.json")
+    fields = read_json(Path(directory) / "config.json")
     config = released_config(fields, tower)
     # How large the pretrained grids were is told by the tensors alone.
     for i, side in _position_grids(files).items():
