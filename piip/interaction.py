@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from piip.attention import CrossAttention
 from piip.deformable import DeformableCrossAttention
 from piip.init import init_layer
-from piip.tokens import Tokens
+from piip.tokens import Tokens, map_to_tokens, tokens_to_map
 
 Attention = Literal["deformable", "regular"]
 
@@ -34,8 +34,8 @@ class ConvFFN(nn.Module):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Map `(B, H*W, dim)` on `grid` = (H, W) to the same shape."""
-        maps = self.fc1(x).transpose(1, 2).unflatten(2, grid)
-        return self.fc2(self.act(self.dwconv(maps).flatten(2).transpose(1, 2)))
+        maps = self.dwconv(tokens_to_map(self.fc1(x), grid))
+        return self.fc2(self.act(map_to_tokens(maps)))
 
 
 class Injector(nn.Module):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from piip.branches.base import Branch, register_branch
 from piip.errors import SpecError
-from piip.tokens import Tokens
+from piip.tokens import Tokens, map_to_tokens
 
 
 class ConvNeXtBranch(Branch):
@@ -63,7 +63,7 @@ class ConvNeXtBranch(Branch):
 
 
 def _to_tokens(maps: Tensor) -> Tokens:
-    return Tokens(maps.flatten(2).transpose(1, 2), (maps.shape[-2], maps.shape[-1]))
+    return Tokens(map_to_tokens(maps), (maps.shape[-2], maps.shape[-1]))
 
 
 register_branch("convnext")(ConvNeXtBranch)

@@ -6,17 +6,18 @@ DeiT, DeiT III, AugReg, MAE, DINOv2, BEiT(v2), Uni-Perceiver, InternViT-6B, CLIP
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from itertools import groupby
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerScale, Mlp, PatchEmbed, RmsNorm, get_act_layer, trunc_normal_
 from torch import Tensor, nn
 
-from piip.attention import QkvBias, SelfAttention, WindowPad
+from piip.attention import QkvBias, SelfAttention, WindowPad, merge_windows, partition_windows
 from piip.branches.base import Branch, register_branch
 from piip.errors import SpecError, unknown
-from piip.tokens import Tokens
+from piip.tokens import Tokens, map_to_tokens
 
 NORMS: dict[str, type[nn.Module]] = {"layernorm": nn.LayerNorm, "rmsnorm": RmsNorm}
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
@@ -237,7 +238,7 @@ class ViTBranch(Branch):
             raise ValueError(f"an image of {height} x {width} pixels holds no patch of {self.patch_size} pixels")
         maps = self.patch_embed(images)
         grid = (maps.shape[-2], maps.shape[-1])
-        x = maps.flatten(2).transpose(1, 2)
+        x = map_to_tokens(maps)
         if self.pos_embed is not None and self.pos_grid is not None:
             positions = self.pos_embed[:, self.pos_prefix :]
             x = x + resize_positions(positions, self.pos_grid, grid).to(maps.dtype)
@@ -256,11 +257,25 @@ class ViTBranch(Branch):
         x, grid, prefix = tokens
         if prefix is not None:
             x = torch.cat([prefix, x], dim=1)
-        for i in range(start, stop):
-            x = self.call_block(self.blocks[i], x, grid)
+        chosen = [cast(ViTBlock, self.blocks[i]) for i in range(start, stop)]
+        for side, blocks in groupby(chosen, key=lambda block: block.attn.window):
+            x = self._run_equal(list(blocks), x, grid, side)
         if prefix is not None:
             prefix, x = x.split([prefix.shape[1], x.shape[1] - prefix.shape[1]], dim=1)
         return Tokens(x, grid, prefix)
+
+    def _run_equal(self, blocks: list[ViTBlock], x: Tensor, grid: tuple[int, int], side: int | None) -> Tensor:
+        """Run blocks of one window side, in the order of the windows where that saves copies."""
+        h, w = grid
+        if side is None or len(blocks) == 1 or h % side or w % side:
+            for block in blocks:
+                x = self.call_block(block, x, grid)
+            return x
+        # One window below the other is a grid of a window's width, which each block cuts without a copy.
+        x = partition_windows(x.unflatten(1, grid), side).view(x.shape)
+        for block in blocks:
+            x = self.call_block(block, x, (h * w // side, side))
+        return merge_windows(x, side, grid).flatten(1, 2)
 
 
 def windows_per_block(window: Windows, depth: int, global_every: int = 0) -> list[int | None]:
