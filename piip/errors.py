@@ -16,6 +16,10 @@ class DownloadError(RuntimeError):
     """A file cannot be fetched, whole and undamaged."""
 
 
+class ExportError(RuntimeError):
+    """A model cannot be turned into a program for another runtime."""
+
+
 def unknown(kind: str, name: object, known: Iterable[str]) -> str:
     """Return one line for an unknown name: the nearest known ones first, then all of them."""
     known = list(known)

@@ -250,7 +250,7 @@ class ViTBranch(Branch):
         prefix = self.cls_token.to(maps.dtype)
         if self.pos_embed is not None and self.pos_prefix and self.class_position:
             prefix = prefix + self.pos_embed[:, :1].to(maps.dtype)
-        return Tokens(x, grid, self.embed_norm(prefix).expand(len(x), -1, -1))
+        return Tokens(x, grid, self.embed_norm(prefix).expand(x.shape[0], -1, -1))
 
     def run(self, tokens: Tokens, start: int, stop: int) -> Tokens:
         """Run blocks `start` to `stop - 1`; class tokens take part in the attention."""
