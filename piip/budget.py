@@ -46,7 +46,8 @@ class _Tower(nn.Module):
 
     def __init__(self, spec: Spec) -> None:
         super().__init__()
-        self.pyramid = build_pyramid(resolve_spec(spec))
+        self.spec = resolve_spec(spec)
+        self.pyramid = build_pyramid(self.spec)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         return [tokens.x for tokens in self.pyramid(images)[0]]
@@ -241,7 +242,8 @@ def published(
         part: Cost(sum(p.numel() for m in group for p in m.parameters()), macs[part]) for part, group in parts.items()
     }
     # Parameters of the original's branches that nothing reads; index tables are no parameters.
-    for name, shape in unread_shapes(network).items():
+    unread = _unread_in_tower(network) if convention == "llava" else unread_shapes(network)
+    for name, shape in unread.items():
         part = name.partition(".")[0] if name.startswith("branch") else "branch1"
         if not name.startswith("fpn") and not name.endswith("_index"):
             costs[part] = costs[part]._replace(params=costs[part].params + prod(shape))
@@ -249,6 +251,17 @@ def published(
         del costs["fpn"], costs["merging"]
         costs.update(_classifier(network, [state.x for state in states]))
     return _with_total(costs)
+
+
+def _unread_in_tower(tower: _Tower) -> dict[str, tuple[int, ...]]:
+    """Name and shape of what LLaVA's towers hold and never read: final norms, and the layer of `_mlp` models' heads."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for i, (branch, spec) in enumerate(zip(tower.pyramid.branches, tower.spec.branches, strict=True)):
+        width = branch.dims[-1]
+        shapes[f"branch{i + 1}.norm"] = (2, width)
+        if "_mlp." in (spec.weights or ""):
+            shapes[f"branch{i + 1}.head.fc"] = (width + 1, width)
+    return shapes
 
 
 def _like_the_classifiers(model: Any) -> None:

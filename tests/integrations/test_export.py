@@ -70,7 +70,7 @@ def test_the_whole_model_is_one_graph(kind):
 
     (outputs, gradients), (eager, expected) = run(compiled), run(model)
     torch.testing.assert_close(outputs, eager, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradients, expected, rtol=1e-3, atol=1e-4)
     torch.compiler.reset()
 
 
