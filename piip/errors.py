@@ -20,6 +20,13 @@ class ExportError(RuntimeError):
     """A model cannot be turned into a program for another runtime."""
 
 
+class RunError(RuntimeError):
+    """A run cannot start or go on as asked; the message says what to change."""
+
+    common = True
+    """Whether every process of the run meets it, so that the first one reports it for all."""
+
+
 def unknown(kind: str, name: object, known: Iterable[str]) -> str:
     """Return one line for an unknown name: the nearest known ones first, then all of them."""
     known = list(known)

@@ -7,18 +7,17 @@ nothing is lost, and otherwise refused with the new spelling.
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
 
-from piip.errors import CheckpointError, SpecError
+from piip.errors import RunError
+from piip.integrations.command import Parser, Refused, main  # noqa: F401  (tools and tests call cli.main)
 from piip.integrations.config import read_config
-from piip.integrations.preflight import RunError, check_classes, check_data, claim_work_dir
+from piip.integrations.preflight import check_classes, check_data, claim_work_dir
 from piip.integrations.runtime import start_distributed
 
 DEFAULT_SEED = 0
@@ -43,25 +42,6 @@ _REFUSED_IN_TEST = {
     "--tmpdir": "it is no longer needed: results are collected without it",
     "--fuse-conv-bn": "it is not supported: the backbones here have no batch norm to fuse",
 }
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports an error as one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Exit with status 2."""
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
-
-
-class _Refused(argparse.Action):
-    """An old option: the error gives the new spelling."""
-
-    def __init__(self, option_strings: Sequence[str], dest: str, instead: str) -> None:
-        super().__init__(option_strings, dest, nargs="*", help=argparse.SUPPRESS)
-        self.instead = instead
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        parser.error(f"{self.option_strings[0]} is an old option; {self.instead}")
 
 
 class Overrides(DictAction):
@@ -93,7 +73,7 @@ def _parser(prog: str, description: str, refused: Mapping[str, str]) -> Parser:
     # Without effect: DeepSpeed is off unless the config asks for it.
     parser.add_argument("--disable_deepspeed", "--disable-deepspeed", action="store_true", help=argparse.SUPPRESS)
     for option, instead in refused.items():
-        parser.add_argument(option, action=_Refused, instead=instead)
+        parser.add_argument(option, action=Refused, instead=instead)
     return parser
 
 
@@ -226,19 +206,3 @@ def _draw(cfg: Config, folder: str) -> None:
         hook.test_out_dir = str(Path(folder).resolve())  # else below the work dir
     else:
         cfg.visualizer.save_dir = folder
-
-
-def main(run: Callable[[argparse.Namespace], object], args: argparse.Namespace) -> int:
-    """Call `run` and return the exit status: its own if it returns one; an error of the user's is one line on stderr.
-
-    The line comes from the first process, or from each that met it where they may meet different ones.
-    """
-    os.environ.setdefault("LOCAL_RANK", getattr(args, "local_rank", "0"))
-    try:
-        result = run(args)
-    except (CheckpointError, RunError, SpecError) as error:
-        rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-        if rank == 0 or not getattr(error, "common", True):  # CheckpointError and SpecError are common to all
-            sys.stderr.write(f"error: {f'process {rank}: ' if rank else ''}{error}\n")
-        return 2
-    return result if isinstance(result, int) else 0

@@ -9,8 +9,8 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 
+from piip.errors import RunError
 from piip.integrations import mmcv_ops
-from piip.integrations.preflight import RunError
 
 
 def read_config(path: str | Path, options: Mapping[str, Any] | None = None) -> Config:

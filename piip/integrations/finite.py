@@ -9,7 +9,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from piip.integrations.preflight import RunError
+from piip.errors import RunError
 from piip.integrations.saving import latest_checkpoint
 
 

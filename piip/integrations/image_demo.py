@@ -10,11 +10,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from piip.errors import RunError
 from piip.integrations.cli import Overrides, Parser
+from piip.integrations.files import write_text
 from piip.integrations.images import BrokenImageError
 from piip.integrations.inference import detect, load_detector
-from piip.integrations.preflight import RunError
-from piip.integrations.saving import write_text
 from piip.integrations.visualize import draw, save_picture
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")

@@ -18,8 +18,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, TRANSFORMS
 from mmengine.runner import Runner
 
-from piip.errors import unknown
-from piip.integrations.preflight import RunError
+from piip.errors import RunError, unknown
 
 CHOICES = ("stop", "skip")
 """Of `on_broken_image`."""

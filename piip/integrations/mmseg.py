@@ -12,7 +12,7 @@ from mmseg.registry import MODELS
 from torch import Tensor
 
 from piip.deformable import no_autocast
-from piip.integrations.preflight import RunError
+from piip.errors import RunError
 
 
 @MODELS.register_module()

@@ -14,16 +14,10 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.dist import broadcast_object_list, is_main_process
 
+from piip.errors import RunError
 from piip.integrations import mmcv_ops
-from piip.integrations.saving import latest_checkpoint, write_text
-
-
-class RunError(RuntimeError):
-    """A run cannot start or go on as asked; the message says what to change."""
-
-    common = True
-    """Whether every process of the run meets it, so that the first one reports it for all."""
-
+from piip.integrations.files import write_text
+from piip.integrations.saving import latest_checkpoint
 
 RUN_FILE = "run.json"
 """In each work dir: which config the run has, for the comparison when it is resumed."""

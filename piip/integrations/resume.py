@@ -10,18 +10,12 @@ random state. Here, three rules make a run independent of where it was interrupt
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import os
-import random
-import signal
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from mmengine.dist import get_dist_info
 from mmengine.hooks import Hook
@@ -30,52 +24,8 @@ from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop, R
 from torch import nn
 from torch.utils.data import BatchSampler, Dataset, Sampler
 
-from piip.integrations.preflight import RunError
-
-
-def random_state() -> dict[str, Any]:
-    """Return the state of every random generator that training draws from, as tensors and plain numbers.
-
-    Covers Python, NumPy (its global generator), torch on CPU, and this process's CUDA device if there is one.
-    """
-    _, words, gauss = random.getstate()
-    numpy: dict[str, Any] = dict(np.random.get_state(legacy=False))
-    state = {
-        "python": torch.tensor(words, dtype=torch.int64),
-        "python_gauss": gauss,
-        "numpy": torch.from_numpy(numpy["state"]["key"].astype(np.int64)),
-        "numpy_rest": (int(numpy["state"]["pos"]), int(numpy["has_gauss"]), float(numpy["gauss"])),
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_random_state(state: Mapping[str, Any]) -> None:
-    """Restore what :func:`random_state` returned."""
-    random.setstate((3, tuple(state["python"].tolist()), state["python_gauss"]))
-    np.random.set_state(("MT19937", state["numpy"].numpy().astype(np.uint32), *state["numpy_rest"]))
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-@contextmanager
-def seeded(*entropy: int) -> Iterator[None]:
-    """Draw everything inside from the given non-negative numbers, and leave the CPU random states as they were."""
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    words = np.random.SeedSequence(entropy).generate_state(8)
-    random.seed(int(words[0]) << 32 | int(words[1]))
-    np.random.seed(words[2:6])
-    # Not torch.manual_seed: it would seed CUDA as well, whose state belongs to the model.
-    torch.default_generator.manual_seed(int(words[6]) << 31 | int(words[7]))
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.set_rng_state(before[2])
+from piip.errors import RunError
+from piip.integrations.process import end_with_parent, random_state, seeded, set_random_state
 
 
 class SeededDataset(Dataset):
@@ -177,21 +127,6 @@ def _resumable(dataloader: dict[str, Any], seed: int, endless: bool) -> dict[str
     return loader
 
 
-def _end_with_parent(parent: int, then: Callable[[int], None] | None, worker: int) -> None:
-    """Let a worker process end when the training process is killed, then initialise it.
-
-    A worker notices by itself that its parent is gone, but cannot end while a batch that nobody will read waits in its
-    pipe: it would stay behind, with its memory.
-    """
-    if sys.platform == "linux":
-        set_parent_death_signal = 1
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-        if os.getppid() != parent:  # killed before the line above
-            os._exit(1)
-    if then is not None:
-        then(worker)
-
-
 def _settle(loop: BaseLoop) -> None:
     """Check the loop's data loader and separate its randomness from the model's."""
     if len(loop.dataloader) == 0:
@@ -201,7 +136,7 @@ def _settle(loop: BaseLoop) -> None:
         )
     # Without a generator of its own, a loader draws one number from the model's each time it is iterated.
     loop.dataloader.generator = torch.Generator()
-    loop.dataloader.worker_init_fn = partial(_end_with_parent, os.getpid(), loop.dataloader.worker_init_fn)
+    loop.dataloader.worker_init_fn = partial(end_with_parent, os.getpid(), loop.dataloader.worker_init_fn)
 
 
 @LOOPS.register_module()

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,12 +35,13 @@ from mmengine.runner import BaseLoop, Runner, autocast
 from mmengine.utils.dl_utils import set_multi_processing
 from torch import nn
 
-from piip.errors import CheckpointError
+from piip.errors import CheckpointError, RunError
+from piip.integrations.files import finish
 from piip.integrations.finite import StopAtNaNHook
 from piip.integrations.images import SkippedImagesHook, check_images
-from piip.integrations.preflight import RunError
-from piip.integrations.resume import ExactResumeHook, ResumableEpochLoop, ResumableIterLoop, random_state
-from piip.integrations.saving import WholeCheckpointHook, finish, install_safe_loading
+from piip.integrations.process import export_slurm_ranks, random_state
+from piip.integrations.resume import ExactResumeHook, ResumableEpochLoop, ResumableIterLoop
+from piip.integrations.saving import WholeCheckpointHook, install_safe_loading
 
 install_safe_loading()
 
@@ -74,22 +74,11 @@ def start_distributed(launcher: str, env_cfg: Mapping[str, Any]) -> None:
         init_dist(launcher, **dist_cfg)
         return
     if launcher == "slurm":
-        _export_slurm_ranks()
+        export_slurm_ranks()
     elif launcher != "pytorch":
         raise RunError(f"--launcher {launcher} needs CUDA devices; on CPUs use pytorch (tools/dist_train.sh) or slurm")
     timeout = datetime.timedelta(seconds=dist_cfg.get("timeout", 1800))
     torch.distributed.init_process_group("gloo", timeout=timeout)
-
-
-def _export_slurm_ranks() -> None:
-    if "MASTER_ADDR" not in os.environ:
-        command = ["scontrol", "show", "hostnames", os.environ["SLURM_NODELIST"]]
-        os.environ["MASTER_ADDR"] = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[
-            0
-        ]
-    os.environ.setdefault("MASTER_PORT", "29500")
-    for ours, theirs in (("RANK", "PROCID"), ("WORLD_SIZE", "NTASKS"), ("LOCAL_RANK", "LOCALID")):
-        os.environ[ours] = os.environ[f"SLURM_{theirs}"]
 
 
 @OPTIM_WRAPPERS.register_module()

@@ -6,7 +6,6 @@ falls back to full unpickling when a safe reading fails.
 
 from __future__ import annotations
 
-import os
 import re
 import zipfile
 from collections import Counter, OrderedDict
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from piip.checkpoint import read_file
 from piip.errors import CheckpointError
+from piip.integrations.files import write_text
 
 _PLAIN = (str, int, float, bool, complex, type(None), torch.dtype, torch.Size, torch.device, Tensor)
 _DROPPED = object()
@@ -51,25 +51,6 @@ def _plain(value: Any, name: str, dropped: list[str]) -> Any:
         return value
     dropped.append(f"{name} ({type(value).__name__})")
     return _DROPPED
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file so that nobody, and no kill, sees it half written."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
-
-
-def finish(part: Path, path: Path) -> None:
-    """Give a fully written file its name, in an order that survives a crash of the machine."""
-    with part.open("rb") as file:
-        os.fsync(file.fileno())
-    part.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def latest_checkpoint(work_dir: str | Path) -> Path | None:

@@ -12,7 +12,7 @@ from mmengine.runner import checkpoint as stock_checkpoint
 import piip.integrations.runtime  # noqa: F401  (makes mmengine's loaders safe)
 from piip.errors import CheckpointError
 from piip.integrations.preflight import RUN_FILE, RunError, check_data, claim_work_dir
-from piip.integrations.resume import random_state, seeded, set_random_state
+from piip.integrations.process import random_state, seeded, set_random_state
 from piip.integrations.saving import load_from_file
 
 
