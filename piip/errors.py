@@ -27,6 +27,17 @@ class RunError(RuntimeError):
     """Whether every process of the run meets it, so that the first one reports it for all."""
 
 
+class BrokenImageError(RunError):
+    """An image file cannot be read; the message names it."""
+
+    common = False
+
+    def __init__(self, message: str) -> None:
+        # torch hands an error of a data-loading process on as a whole traceback, which ends in the message.
+        own = message.rstrip().rpartition(f"{type(self).__module__}.{type(self).__qualname__}: ")[2]
+        super().__init__(own)
+
+
 def unknown(kind: str, name: object, known: Iterable[str]) -> str:
     """Return one line for an unknown name: the nearest known ones first, then all of them."""
     known = list(known)

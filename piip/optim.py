@@ -7,7 +7,7 @@ from typing import NamedTuple, cast
 from torch import nn
 
 from piip.checkpoint import released_names
-from piip.models import DensePyramid
+from piip.models import Classifier, DensePyramid
 
 EMBEDDING = re.compile(r"pos_embed|cls_token|patch_embed\.|visual_embed\.")
 BLOCK = re.compile(r"(?:blocks|layers)\.(\d+)\.")
@@ -79,6 +79,31 @@ def layer_decay(model: nn.Module, rate: float, prefix: str = "backbone.") -> dic
         layer = layer_id(released[inner], depths) if name.startswith(prefix) else last
         decay = parameter.ndim != 1 and not name.endswith(".bias")
         groups[name] = ParamGroup(rate ** (last - layer), decay)
+    return groups
+
+
+def classifier_groups(model: Classifier, scratch_ratio: float = 1.0, *, legacy: bool = False) -> dict[str, ParamGroup]:
+    """Return how every parameter of a classifier is trained (arXiv 2406.04330, section 4.4).
+
+    Branches and their own norms and heads are pretrained, everything else starts from scratch. Weight decay leaves out
+    biases, one-dimensional tensors, position tables and class tokens.
+
+    Args:
+        model: The classifier.
+        scratch_ratio: Factor on the learning rate of what starts from scratch.
+        legacy: Decay as the original does: everything; only with a ratio of 1 biases and one-dimensional tensors not.
+
+    Returns:
+        One entry per trainable parameter, by name.
+    """
+    pretrained = ("pyramid.branches.", "norm.", "head.") if model.merge is None else ("pyramid.branches.",)
+    without = set() if legacy else model.no_weight_decay()
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decay = parameter.ndim > 1 and not name.endswith(".bias") and name not in without
+            everything = legacy and scratch_ratio != 1
+            groups[name] = ParamGroup(1.0 if name.startswith(pretrained) else scratch_ratio, everything or decay)
     return groups
 
 

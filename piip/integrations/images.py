@@ -18,7 +18,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, TRANSFORMS
 from mmengine.runner import Runner
 
-from piip.errors import RunError, unknown
+from piip.errors import BrokenImageError, RunError, unknown
 
 CHOICES = ("stop", "skip")
 """Of `on_broken_image`."""
@@ -26,17 +26,6 @@ CHOICES = ("stop", "skip")
 # What the readers and decoders raise at a file that is missing or is no image; mmcv asserts that there is one.
 _UNREADABLE = (AssertionError, OSError, SyntaxError, ValueError, cv2.error)
 _MOST_IN_A_ROW = 100  # this many unreadable images are no accident, but a wrong folder
-
-
-class BrokenImageError(RunError):
-    """An image file cannot be read; the message names it."""
-
-    common = False
-
-    def __init__(self, message: str) -> None:
-        # torch hands an error of a data-loading process on as a whole traceback, which ends in the message.
-        own = message.rstrip().rpartition(f"{type(self).__module__}.{type(self).__qualname__}: ")[2]
-        super().__init__(own)
 
 
 def _problem(path: str | Path) -> str:

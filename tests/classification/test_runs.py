@@ -1,0 +1,254 @@
+"""Whole runs of `main.py` on tiny data: files, exact resume, evaluation, bad input."""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_classifier import FEW, PLAIN, write_images
+
+from piip import Classifier, create_model
+from piip.checkpoint import read_file, to_released
+from piip_cls import run
+from piip_cls.config import load_config
+from piip_cls.data import Batches, build_loader, build_samples
+from piip_cls.engine import evaluate
+from piip_cls.options import parse
+from piip_cls.processes import Processes
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def same(one: object, other: object) -> bool:
+    """Whether two states are equal bit by bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def test_a_run_leaves_everything_behind(cls, config, tmp_path, capsys):
+    assert cls("--output_dir", "exp") == 0
+    out = tmp_path / "exp"
+    lines = [json.loads(line) for line in (out / "log.txt").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [0, 1]
+    assert lines[0].keys() >= {"train_loss", "train_lr", "test_acc1", "test_acc5", "test_loss", "ema_acc1"}
+    evaluation = json.loads((out / "evaluation.json").read_text())
+    assert evaluation["model"]["images"] == sum(map(sum, evaluation["model"]["confusion"])) == 13
+    assert evaluation["model"]["acc1"] == lines[1]["test_acc1"]
+    assert not list(out.glob("*.part"))
+    # The safetensors files are complete models, and the checkpoint's weights.
+    state = read_file(out / "checkpoint.pth")
+    spec = load_config(str(config)).model["spec"]
+    model = create_model(spec, num_classes=3, checkpoint=out / "model.safetensors")
+    assert same(dict(model.state_dict()), dict(state["model"]))
+    average = create_model(spec, num_classes=3, checkpoint=out / "model_ema.safetensors")
+    assert same(dict(average.state_dict()), dict(state["model_ema"]))
+    # Evaluating the file gives the run's own figures, the moving average's included.
+    capsys.readouterr()
+    assert cls("--eval", "--resume", out / "checkpoint.pth", "--output-dir", "eval", "--eval-batch-size", 5) == 0
+    shown = capsys.readouterr().out
+    again = json.loads((tmp_path / "eval/evaluation.json").read_text())
+    for name in ("model", "model_ema"):
+        assert again[name]["confusion"] == evaluation[name]["confusion"]
+        assert again[name]["loss"] == pytest.approx(evaluation[name]["loss"], rel=1e-5)
+    assert f"* Acc@1 {again['model']['acc1']:.3f} Acc@5 100.000 loss {again['model']['loss']:.3f}" in shown
+    assert cls("--output-dir", "exp", "--resume", out / "checkpoint.pth") == 0
+    assert "the run is finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_resumed_run_equals_an_uninterrupted_one(workers, cls, tmp_path, monkeypatch):
+    """With augmentation, repeated augmentation, mixup, random erasing and drop path."""
+    options = ("--num-workers", workers, "--reprob", 0.5, "--epochs", 3, "--model-ema-decay", 0.9)
+    assert cls("--output-dir", "whole", *options) == 0
+
+    def kill(self: run.Logs, epoch: int, figures: dict) -> None:
+        if epoch == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Logs, "epoch", kill)
+        with pytest.raises(KeyboardInterrupt):
+            cls("--output-dir", "cut", *options)
+    torch.rand(7)  # whatever the random state is now
+    assert cls("--output-dir", "cut", *options, "--resume", tmp_path / "cut/checkpoint.pth") == 0
+    whole, cut = (read_file(tmp_path / name / "checkpoint.pth") for name in ("whole", "cut"))
+    for key in ("model", "model_ema", "optimizer", "epoch", "best"):
+        assert same(whole[key], cut[key]), key
+    start = read_file(tmp_path / "whole/best_checkpoint.pth")
+    assert not same(start["optimizer"], whole["optimizer"]) or start["epoch"] == 2
+
+
+def test_accumulated_batches_equal_a_larger_one(cls, tmp_path):
+    plain = (*PLAIN, "--epochs", 1, "--opt", "sgd", "--lr", 0.1)
+    assert cls("--output-dir", "large", *plain, "--batch-size", 8) == 0
+    assert cls("--output-dir", "small", *plain, "--batch-size", 4, "--accum-iter", 2) == 0
+    large, small = (read_file(tmp_path / name / "checkpoint.pth")["model"] for name in ("large", "small"))
+    for name, tensor in large.items():
+        torch.testing.assert_close(small[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("option", ["--cosub", "--bce-loss", "--legacy-recipe"])
+def test_other_recipes_train(option, cls):
+    assert cls(option, "--epochs", 1, "--clip-grad", 1.0, "--no-model-ema") == 0
+
+
+def plain_loop(model: Classifier, data: Path) -> tuple[float, float, float]:
+    """Top-1, top-5 and loss, one image at a time."""
+    samples = build_samples(parse(["--model", "x", "--data-path", str(data)]), 48, "val")
+    hits, near, losses = 0, 0, 0.0
+    model.eval()
+    with torch.no_grad():
+        for i in range(len(samples)):
+            image, label = samples[(0, i, i)]
+            (logits,) = model(image[None])
+            hits += int(logits.argmax()) == label
+            near += label in logits.topk(5).indices
+            losses += float(F.cross_entropy(logits, torch.tensor(label)))
+    return 100 * hits / len(samples), 100 * near / len(samples), losses / len(samples)
+
+
+class Together(Processes):
+    """One process that adds up what the others would send."""
+
+    sums: ClassVar[list[torch.Tensor]] = []
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        self.sums.append(values)
+        return values
+
+
+def test_evaluation_is_exact_on_any_number_of_processes(tmp_path, config):
+    """101 images in batches of 16, shared by two processes, against a plain loop."""
+    data = write_images(tmp_path / "data", {"val": 101}, classes=3, size=48)
+    for extra in range(4):
+        (data / "val" / f"none{extra}").mkdir()
+        shutil.copy(data / "val/class0/0.png", data / "val" / f"none{extra}/0.png")
+    spec = load_config(str(config)).model["spec"]
+    model = Classifier(spec, num_classes=7)
+    samples = build_samples(parse(["--model", "x", "--data-path", str(data)]), 48, "val")
+    Together.sums = []
+    for rank in range(2):
+        places = Together(rank, 2)
+        evaluate(model, build_loader(samples, Batches(len(samples), 16, places), 0, False), 7, places)
+    top1, top5, loss, count = (Together.sums[0] + Together.sums[2]).tolist()
+    expected = plain_loop(model, data)
+    assert count == 105
+    assert (100 * top1 / count, 100 * top5 / count) == pytest.approx(expected[:2], rel=1e-12)
+    assert loss / count == pytest.approx(expected[2], rel=1e-6)
+
+
+def test_a_released_file_is_evaluated(cls, config, tmp_path, capsys):
+    model = Classifier(**load_config(str(config)).model, num_classes=3)
+    model.use_released_form()
+    torch.save(
+        {"model": to_released(model), "args": argparse.Namespace(lr=1.0), "epoch": 19}, tmp_path / "released.pth"
+    )
+    assert cls("--eval", "--resume", tmp_path / "released.pth") == 0
+    assert "* Acc@1" in capsys.readouterr().out
+    assert cls("--resume", tmp_path / "released.pth") == 2
+    assert "no state of a run to continue: start a new one from its weights with --load-from" in capsys.readouterr().err
+    assert cls("--load-from", tmp_path / "released.pth", "--epochs", 1) == 0
+
+
+def error(cls, capsys, *options: object) -> str:
+    assert cls(*options) == 2
+    message = capsys.readouterr().err.strip()
+    assert "\n" not in message
+    return message
+
+
+def test_bad_input(cls, config, images, tmp_path, capsys, monkeypatch):
+    assert "there is no checkpoint at nothing.pth" in error(cls, capsys, "--resume", "nothing.pth")
+    assert "there is no checkpoint at nothing.pth" in error(cls, capsys, "--eval", "--resume", "nothing.pth")
+    assert "--eval needs weights" in error(cls, capsys, "--eval")
+    assert "unknown config 'tinny'" in error(cls, capsys, "--model", "tinny")
+    assert "--drop-path is an old option" in error(cls, capsys, "--drop_path", "0.1")
+    assert "must be 1 or more" in error(cls, capsys, "--epochs", 0)
+    other = write_images(tmp_path / "four", {"train": 24, "val": 12}, classes=3)
+    (other / "val/class2").rename(other / "val/class7")
+    assert "train and val differ: class2 of train" in error(cls, capsys, "--data-path", other)
+    broken = write_images(tmp_path / "broken", {"train": 24, "val": 12})
+    (broken / "train/class1/4.png").write_bytes(b"no image")
+    message = error(cls, capsys, "--data-path", broken, "--no-repeated-aug")
+    assert re.fullmatch(r"error: \S+/broken/train/class1/4\.png cannot be read as an image", message)
+    again = ("--no-repeated-aug", "--num-workers", 1, "--output-dir", "other")
+    message = error(cls, capsys, "--data-path", broken, *again)
+    assert re.fullmatch(r"error: \S+/broken/train/class1/4\.png cannot be read as an image", message)
+    for rank in range(2):
+        monkeypatch.setattr(run, "join", lambda args, r=rank: Processes(r, 30))
+        monkeypatch.setattr(Processes, "wait", lambda self: None)
+        message = error(cls, capsys) if rank == 0 else ""
+        assert rank or "13 images for 30 processes: start 13 at most" in message
+
+
+def test_weights_with_other_classes(cls, config, tmp_path, capsys):
+    torch.save(Classifier(**load_config(str(config)).model, num_classes=5).state_dict(), tmp_path / "five.pth")
+    message = error(cls, capsys, "--load-from", tmp_path / "five.pth")
+    assert "head has 5 classes, the model's 3" in message
+    assert "--drop-head" in message
+    assert cls("--load-from", tmp_path / "five.pth", "--drop-head", "--epochs", 1) == 0
+
+
+def test_a_run_is_neither_overwritten_nor_continued_with_other_options(cls, tmp_path, capsys):
+    assert cls("--epochs", 1) == 0
+    assert "exp holds a run: continue it with --resume exp/checkpoint.pth" in error(cls, capsys, "--epochs", 1)
+    message = error(cls, capsys, "--epochs", 1, "--resume", "exp/checkpoint.pth", "--lr", 0.5, "--num-workers", 1)
+    assert "of another run: --lr 0.001 is now 0.5. Give" in message
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(cls, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("piip_cls.run.build_loss", lambda args: lambda logits, targets: logits.sum() * float("nan"))
+    assert "the loss is nan in step 1: nothing was saved" in error(cls, capsys)
+    assert not (tmp_path / "exp/checkpoint.pth").exists()
+
+
+def test_wandb_has_to_be_installed(cls, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "--wandb needs Weights & Biases: pip install wandb" in error(cls, capsys, "--wandb", "piip")
+
+
+def torchrun(processes: int, cwd: Path, *options: object) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += [str(word) for word in (ROOT / "classification/main.py", *FEW, *options)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_equal_one(config, images, tmp_path):
+    """Augmentation, mixup and drop path off; the same batches in the same order."""
+    data = write_images(tmp_path / "data", {"train": 40, "val": 101})
+    given = ("--model", config, "--data-path", data, *PLAIN, "--epochs", 4, "--opt", "sgd", "--lr", 0.05)
+    torchrun(1, tmp_path, *given, "--batch-size", 8, "--output-dir", "one")
+    torchrun(2, tmp_path, *given, "--batch-size", 4, "--output-dir", "two", "--eval-batch-size", 16)
+    one, two = (read_file(tmp_path / name / "checkpoint.pth")["model"] for name in ("one", "two"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
+    # Two processes, batches of 16, 101 images: as a plain loop.
+    model = create_model(
+        load_config(str(config)).model["spec"], num_classes=3, checkpoint=tmp_path / "two/checkpoint.pth"
+    )
+    samples = build_samples(parse(["--model", "x", "--data-path", str(data)]), 48, "val")
+    measured = json.loads((tmp_path / "two/evaluation.json").read_text())["model"]
+    model.eval()
+    with torch.no_grad():
+        logits = torch.cat([model(samples[(0, i, i)][0][None]) for i in range(101)])
+    labels = torch.tensor([label for _, label in samples.items])
+    assert measured["images"] == 101
+    assert measured["acc1"] == pytest.approx(100 * float((logits.argmax(1) == labels).double().mean()))
+    assert measured["loss"] == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-5)
