@@ -21,8 +21,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
 
 from piip.branches import Branch
-from piip.integrations.config import read_config
-from piip.zoo.specs import build_branch, resolve_spec
+from piip.zoo.specs import PyramidSpec, build_branch, resolve_spec
 
 
 def load_split(folder: Path) -> tuple[Tensor, Tensor]:
@@ -88,16 +87,35 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    from piip.integrations.config import read_config  # here: the specs of other tasks need no mmengine
+
     spec = resolve_spec(read_config(args.config).model.backbone.spec.to_dict())
+    pretrain_all(spec, args.data, args.out, args.epochs, args.batch_size, args.lr, args.seed)
+
+
+def pretrain_all(
+    spec: PyramidSpec, data: Path, out: Path, epochs: int = 12, batch_size: int = 64, lr: float = 2e-3, seed: int = 0
+) -> None:
+    """Pretrain every branch of a spec and save it under the file name that the spec gives it.
+
+    Args:
+        spec: The spec; branches without a file name are left out.
+        data: Folder with train/CLASS/*.jpg and val/CLASS/*.jpg.
+        out: Folder for the weights.
+        epochs: Passes over the data.
+        batch_size: Images per step.
+        lr: Highest learning rate.
+        seed: Seed of weights and order.
+    """
+    out.mkdir(parents=True, exist_ok=True)
     for i, branch_spec in enumerate(spec.branches):
         if branch_spec.weights is None:
             continue
         start = time.monotonic()
-        torch.manual_seed(args.seed + i)
+        torch.manual_seed(seed + i)
         branch = build_branch(branch_spec)
-        result = pretrain(branch, args.data, args.epochs, args.batch_size, args.lr, args.seed)
-        save_file(branch.state_dict(), args.out / branch_spec.weights)
+        result = pretrain(branch, data, epochs, batch_size, lr, seed)
+        save_file(branch.state_dict(), out / branch_spec.weights)
         size = sum(p.numel() for p in branch.parameters()) / 1e6
         seconds = time.monotonic() - start
         print(

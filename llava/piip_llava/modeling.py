@@ -72,6 +72,10 @@ class PiipLlavaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Tokens that an image becomes."""
         return num_tokens(self.vision_tower, self.projector.out_size)
 
+    def init_weights(self) -> None:
+        """Keep what is there: every part initialised itself, and a given language model holds weights."""
+        self.tie_weights()
+
     def _init_weights(self, module: nn.Module) -> None:
         """Leave a module as its constructor initialised it; `_fill_missing` covers what a checkpoint lacks."""
 
@@ -95,15 +99,10 @@ class PiipLlavaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Return the language model."""
         return self.language_model
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:
+    def _set_gradient_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
         """Recompute activations in the backward pass, of language model and tower alike."""
-        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
-        self.vision_tower.set_grad_checkpointing(True)
-
-    def gradient_checkpointing_disable(self) -> None:
-        """Keep all activations."""
-        super().gradient_checkpointing_disable()
-        self.vision_tower.set_grad_checkpointing(False)
+        super()._set_gradient_checkpointing(enable=enable, **kwargs)
+        self.vision_tower.set_grad_checkpointing(enable)
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """Map images `(N, 3, S, S)` to tokens of the language model `(N, image_tokens, width)`.

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from piip_llava import PiipLlavaConfig, PiipLlavaForConditionalGeneration, PiipLlavaProcessor
 
@@ -42,7 +42,9 @@ def tiny_tokenizer(**special: Any) -> PreTrainedTokenizerFast:
     """Return a tokenizer in the style of Llama's: sentencepiece's spaces, bytes for what it has not seen."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(), decoders.Metaspace()])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
     tokenizer.train_from_iterator([WORDS] * 4, trainers.BpeTrainer(vocab_size=420, special_tokens=tokens[:3]))
     vocabulary = json.loads(tokenizer.to_str())["model"]
@@ -97,3 +99,15 @@ def write_data(folder: Path, samples: int = 12) -> Path:
     path = folder / "data.json"
     path.write_text(json.dumps(rows))
     return path
+
+
+def write_start(folder: Path) -> Path:
+    """Write a tiny language model and a config file that names it; returns the config's path."""
+    tokenizer = tiny_tokenizer()
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    text = {key: value for key, value in TEXT.items() if key != "model_type"}
+    LlamaForCausalLM(LlamaConfig(**text, vocab_size=len(tokenizer), **ids)).save_pretrained(folder / "lm")
+    tokenizer.save_pretrained(folder / "lm")
+    config = folder / "config.py"
+    config.write_text(f"from piip_llava.rows import Row\nmodel = Row({str(folder / 'lm')!r}, {TOWER!r})\n")
+    return config
