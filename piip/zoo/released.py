@@ -96,6 +96,7 @@ class Row:
         released: Whether weights were released, in the table's folder of `HUB` under the config's name.
         repository: A hub repository of its own that holds the weights.
         language_model: What reads the tower's tokens.
+        case: The reference case (`tests/reference/cases`) of a small model of this kind, or of the nearest kind.
         note: Why a cost that is counted here is not the published one.
     """
 
@@ -114,6 +115,7 @@ class Row:
     released: bool = True
     repository: str = ""
     language_model: str = ""
+    case: str = ""
     note: str = ""
 
     @property
@@ -148,7 +150,7 @@ def _read(cells: Mapping[str, str]) -> Row:
     options = dict(part.split("=") for part in cells["options"].split(";") if part)
     return Row(
         **{key: cells[key] for key in ("table", "backbone", "spec", "head", "pretraining", "resolution", "schedule")},
-        **{key: cells[key] for key in ("language_model", "config", "note")},
+        **{key: cells[key] for key in ("language_model", "config", "case", "note")},
         metrics=numbers(cells["metrics"]),
         params=float(cells["params"]) if cells["params"] else None,
         flops=float(cells["flops"]) if cells["flops"] else None,
