@@ -32,7 +32,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 
 
 DEMO_ARGS ?=
 
-.PHONY: help setup demo test test-all lint format clean
+.PHONY: help setup demo test test-all lint format tables clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -81,6 +81,9 @@ lint: setup ## check style, types and duplicate code; changes nothing
 format: setup ## format the code and repair what lint can repair by itself
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+tables: setup ## count the costs of every published row anew and rewrite the tables of the READMEs
+	$(BIN)/python tools/make_tables.py --costs
 
 clean: ## remove caches and build products; .venv, data and results stay
 	rm -rf build dist ./*.egg-info $(OPENCV)/build $(OPENCV)/*.egg-info .pytest_cache .mypy_cache .ruff_cache

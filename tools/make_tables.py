@@ -38,7 +38,7 @@ def short(figure: float | str | None, unit: str) -> str:
     if figure is None:
         return "-"
     value = float(figure)
-    return f"{value:.0f}{unit}" if value >= 100 or value == int(value) else f"{value:.1f}{unit}"
+    return f"{value:.0f}{unit}" if value >= 100 or (unit == "M" and value == int(value)) else f"{value:.1f}{unit}"
 
 
 def pair(published: float | None, counted: str, unit: str) -> str:
@@ -70,7 +70,8 @@ def files(row: Row, folder: str) -> str:
 
 def line(row: Row, cost: Mapping[str, str], folder: str) -> dict[str, str]:
     """Return the cells of a row by column; columns that no row of a table fills are left out."""
-    metrics = dict(zip(TABLES[row.table].metrics, row.metrics, strict=False))
+    table = TABLES[row.table]
+    metrics = dict(zip(table.metrics, row.metrics, strict=True))
     return {
         "model": row.backbone,
         "head": row.head,
@@ -78,7 +79,7 @@ def line(row: Row, cost: Mapping[str, str], folder: str) -> dict[str, str]:
         "pretraining": "" if row.table == "llava" else row.pretraining,
         "resolution": row.resolution,
         "schedule": row.schedule,
-        **{name: "-" if value is None else f"{value:g}" for name, value in metrics.items()},
+        **{name: "-" if value is None else f"{value:.{table.digits}f}" for name, value in metrics.items()},
         "#Param": "" if row.params is None and row.table == "llava" else pair(row.params, cost["params_M"], "M"),
         "#FLOPs": pair(row.flops, cost["flops_G"], "G") + (" ¹" if row.note else ""),
         "as run": f"{short(cost['as_run_params_M'], 'M')}, {short(cost['as_run_flops_G'], 'G')}",

@@ -32,8 +32,10 @@ class Table:
         task: Folder of the task's configs and tools in this repository.
         model: What a row's spec becomes: a dense backbone, a classifier, or LLaVA's vision tower.
         convention: How the costs were counted, see `piip.budget.published`.
+        folder: Where its files are in `HUB`.
         log: Name of a released log: what follows the config's name in it; its link is to the raw text where `raw`.
         raw: Whether logs are text that the hub shows.
+        digits: Decimals of the accuracies.
     """
 
     title: str
@@ -45,6 +47,7 @@ class Table:
     folder: str = ""
     log: str = ".log.json"
     raw: bool = True
+    digits: int = 1
 
 
 _AP: dict[str, Any] = {
@@ -60,7 +63,7 @@ TABLES: dict[str, Table] = {
     "speedup": Table("COCO, faster form", **_AP),
     "convnext": Table("COCO, ConvNeXt and ViT branches, Mask R-CNN, 1x", **_AP, convention="detection", log=".log"),
     "ade20k": Table(
-        "ADE20K, UperNet, 80k", ("mIoU",), "ADE20K val", "mmsegmentation", folder="segmentation", log=".log"
+        "ADE20K, UperNet, 80k", ("mIoU",), "ADE20K val", "mmsegmentation", folder="segmentation", log=".log", digits=2
     ),
     "imagenet": Table(
         "ImageNet-1K",
