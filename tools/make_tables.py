@@ -6,7 +6,7 @@
     python tools/make_tables.py --check     # change nothing; fails where a table differs
 
 A table stands between `<!-- begin table NAME ... -->` and `<!-- end table -->`; NAME is a table of `piip.zoo.released`,
-several may follow each other, or `branches` for the pretrained files.
+several may follow each other, or `branches` for the pretrained files that the rows of a task's folder start from.
 """
 
 import argparse
@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from piip.zoo.released import ROWS, SOURCES, TABLES, Row, branch_weights, find_source
-from piip.zoo.specs import SPECS
 
 ROOT = Path(__file__).resolve().parents[1]
 COSTS = ROOT / "piip" / "zoo" / "costs.csv"
@@ -106,9 +105,11 @@ def published_table(name: str, folder: str) -> str:
     return f"**{TABLES[name].title}** ({TABLES[name].origin})\n\n{markdown(lines)}{notes}"
 
 
-def branch_table() -> str:
-    """Return the table of the pretrained files."""
-    used = dict.fromkeys(weights for spec in SPECS for weights in branch_weights(spec))
+def branch_table(task: str) -> str:
+    """Return the table of the pretrained files that a task's rows start from."""
+    used = dict.fromkeys(
+        weights for row in ROWS if TABLES[row.table].task == task for weights in branch_weights(row.spec)
+    )
     found: dict[str, list[str]] = {source.family: [] for source in SOURCES}
     for weights in used:
         source, url = find_source(weights)
@@ -128,7 +129,7 @@ def render(path: Path) -> str:
 
     def table(match: re.Match[str]) -> str:
         names = match["names"].split()
-        made = [branch_table() if name == "branches" else published_table(name, folder) for name in names]
+        made = [branch_table(folder) if name == "branches" else published_table(name, folder) for name in names]
         return match[1] + "\n" + "\n".join(made) + "\n" + match[3]
 
     return BLOCK.sub(table, path.read_text(encoding="utf-8"))
