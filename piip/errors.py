@@ -12,14 +12,6 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be read, or does not fit the model."""
 
 
-class DownloadError(RuntimeError):
-    """A file cannot be fetched, whole and undamaged."""
-
-
-class ExportError(RuntimeError):
-    """A model cannot be turned into a program for another runtime."""
-
-
 class RunError(RuntimeError):
     """A run cannot start or go on as asked; the message says what to change."""
 
@@ -38,9 +30,17 @@ class BrokenImageError(RunError):
         super().__init__(own)
 
 
+class DownloadError(RunError):
+    """A file cannot be fetched, whole and undamaged."""
+
+
+class ExportError(RunError):
+    """A model cannot be turned into a program for another runtime."""
+
+
 def unknown(kind: str, name: object, known: Iterable[str]) -> str:
     """Return one line for an unknown name: the nearest known ones first, then all of them."""
-    known = list(known)
+    known = list(dict.fromkeys(known))
     near = difflib.get_close_matches(str(name), known, n=3) or [k for k in known if name and str(name) in k][:3]
     hint = f" (did you mean {' or '.join(near)}?)" if near else ""
     return f"unknown {kind} {name!r}{hint}; known: {', '.join(known)}"

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from piip.errors import CheckpointError, SpecError
+from piip.integrations import command
 from piip.integrations.hub import save_pretrained
 from piip.models import Classifier, PyramidModel, create_model
 from piip.zoo.convert import Rules, convert_file
@@ -49,7 +49,7 @@ def to_hub(row: Row, source: Path, target: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="the checkpoint")
     parser.add_argument("target", type=Path, help=".safetensors or .pth; with --to hub a directory")
     parser.add_argument("--model", required=True, help="row of the published tables, spec, or config file")
@@ -78,7 +78,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (CheckpointError, SpecError) as error:
-        sys.exit(f"convert_checkpoint.py: error: {error}")
+    sys.exit(command.main(lambda _: main(), argparse.Namespace()))

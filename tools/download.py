@@ -21,7 +21,8 @@ from typing import Any
 
 from piip.branches.pretrained import load_pretrained
 from piip.checkpoint import load_checkpoint
-from piip.errors import CheckpointError, DownloadError, SpecError
+from piip.errors import CheckpointError
+from piip.integrations import command
 from piip.models import create_model
 from piip.zoo.download import Progress, download, download_released, file_sha256, mirrored
 from piip.zoo.released import ROWS, branch_weights, find_row, find_source, row_of
@@ -91,23 +92,23 @@ def verify(args: argparse.Namespace) -> None:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("list", help="what there is")
-    command.add_argument("pattern", nargs="?", default="", help="part of the name")
-    command.set_defaults(run=list_files)
-    command = commands.add_parser("get", help="fetch released models or pretrained branches")
-    command.add_argument("name", nargs="+", help="row, config, spec, hub repository, or name of a branch file")
-    command.add_argument("--branches", action="store_true", help="the pretrained branches that the row starts from")
-    command.add_argument("--out", type=Path, help="folder (default: checkpoints, branches: pretrained)")
-    command.add_argument("--endpoint", help="another Hugging Face hub (default: $HF_ENDPOINT)")
-    command.add_argument("--mirror", help="web server that has the files under their own names")
-    command.set_defaults(run=get_files)
-    command = commands.add_parser("verify", help="check a file")
-    command.add_argument("file", type=Path)
-    command.add_argument("--model", help="what it is meant for: row, config or spec")
-    command.add_argument("--sha256", help="its checksum, or the first digits")
-    command.set_defaults(run=verify)
+    sub = commands.add_parser("list", help="what there is")
+    sub.add_argument("pattern", nargs="?", default="", help="part of the name")
+    sub.set_defaults(run=list_files)
+    sub = commands.add_parser("get", help="fetch released models or pretrained branches")
+    sub.add_argument("name", nargs="+", help="row, config, spec, hub repository, or name of a branch file")
+    sub.add_argument("--branches", action="store_true", help="the pretrained branches that the row starts from")
+    sub.add_argument("--out", type=Path, help="folder (default: checkpoints, branches: pretrained)")
+    sub.add_argument("--endpoint", help="another Hugging Face hub (default: $HF_ENDPOINT)")
+    sub.add_argument("--mirror", help="web server that has the files under their own names")
+    sub.set_defaults(run=get_files)
+    sub = commands.add_parser("verify", help="check a file")
+    sub.add_argument("file", type=Path)
+    sub.add_argument("--model", help="what it is meant for: row, config or spec")
+    sub.add_argument("--sha256", help="its checksum, or the first digits")
+    sub.set_defaults(run=verify)
     return parser.parse_args(arguments)
 
 
@@ -131,9 +132,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (CheckpointError, DownloadError, SpecError) as error:
-        sys.exit(f"download.py: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("download.py: stopped; the same command goes on from here")
+    sys.exit(command.main(lambda _: main(), argparse.Namespace()))

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from piip.errors import CheckpointError, ExportError, SpecError
+from piip.errors import ExportError
+from piip.integrations import command
 from piip.integrations.export import export_onnx, export_program, largest_difference, run_onnx, run_program
 from piip.integrations.hub import from_pretrained
 from piip.models import PyramidModel, create_model
@@ -35,7 +36,7 @@ def build(args: argparse.Namespace) -> PyramidModel:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="row, config or spec of the zoo, or a directory for the hub")
     parser.add_argument("--out", type=Path, required=True, help="NAME.onnx or NAME.pt2")
     parser.add_argument("--checkpoint", help="weights; random ones without it")
@@ -77,7 +78,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (CheckpointError, ExportError, SpecError) as error:
-        sys.exit(f"export.py: error: {error}")
+    sys.exit(command.main(lambda _: main(), argparse.Namespace()))

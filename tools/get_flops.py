@@ -21,7 +21,8 @@ from functools import partial
 from typing import Any
 
 from piip.budget import Costs, as_run, published
-from piip.errors import SpecError
+from piip.errors import RunError
+from piip.integrations import command
 from piip.zoo.released import ROWS, TABLES, Row, row_of
 
 COLUMNS = (
@@ -107,7 +108,7 @@ def count_all(rows: Sequence[Row], size: tuple[int, int] | None, jobs: int) -> l
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="*", metavar="CONFIG", help="path or name of a config, or a spec of the zoo")
     parser.add_argument("--all", action="store_true", help="all rows of the published tables")
     parser.add_argument("--format", choices=("table", "csv", "json"), default="table")
@@ -131,7 +132,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
     size = tuple(args.size) if args.size else None
     rows = ROWS if args.all else [row_of(name) for name in args.config]
-    costs = count_all(rows, size, args.jobs)
+    try:
+        costs = count_all(rows, size, args.jobs)
+    except ValueError as error:  # an input size that leaves a branch without a token
+        raise RunError(f"--size: {error}") from None
     table = [figures(row, cost, size) for row, cost in zip(rows, costs, strict=True)]
     if args.format == "csv":
         writer = csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n")
@@ -149,7 +153,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (SpecError, ValueError) as error:
-        sys.exit(f"get_flops.py: error: {error}")
+    sys.exit(command.main(lambda _: main(), argparse.Namespace()))

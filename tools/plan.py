@@ -24,6 +24,7 @@ import torch
 
 from piip.budget import as_run
 from piip.errors import SpecError
+from piip.integrations import command
 from piip.models import DensePyramid
 from piip.plan import ClosedForm, combinations, pareto, with_resolutions
 from piip.zoo.released import row_of
@@ -118,7 +119,7 @@ def show(found: Sequence[Choice], check: bool) -> None:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("spec", nargs="+", help="spec or config whose branches are to be used")
     parser.add_argument("--macs", type=float, help="at most so many 1e9 multiply-adds")
     parser.add_argument("--params", type=float, help="at most so many million parameters")
@@ -153,7 +154,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except SpecError as error:
-        sys.exit(f"plan.py: error: {error}")
+    sys.exit(command.main(lambda _: main(), argparse.Namespace()))

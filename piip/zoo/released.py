@@ -185,8 +185,13 @@ def find_row(name: str) -> Row:
         SpecError: There is no such row; the message lists the nearest names.
     """
     if name not in PUBLISHED:
-        raise SpecError(unknown("row", name, PUBLISHED))
+        raise SpecError(_unknown_row(name))
     return PUBLISHED[name]
+
+
+def _unknown_row(name: str) -> str:
+    nearest, _, _ = unknown("row", name, [*PUBLISHED, *SPECS]).partition("; known: ")
+    return f"{nearest}; piip.list_models() and tools/download.py list show what there is"
 
 
 def row_of(name: str) -> Row:
@@ -201,19 +206,27 @@ def row_of(name: str) -> Row:
     if name in PUBLISHED or path.stem in PUBLISHED:
         return find_row(name if name in PUBLISHED else path.stem)
     if not path.is_file():
-        raise SpecError(f"there is no config {path}; {unknown('row', path.stem, PUBLISHED)}")
+        raise SpecError(f"there is no config {path}; {_unknown_row(path.stem)}")
     from piip.integrations.config import read_config  # mmengine: of use only where such configs are
 
-    backbone = read_config(path).get("model", {}).get("backbone", {})
-    if "spec" not in backbone:
-        raise SpecError(f"{path} has no model.backbone.spec: give a config of a PIIP detector or segmentor")
-    return _row_of_spec(backbone["spec"], name, {key: backbone[key] for key in ("scales", "taps") if key in backbone})
+    model = read_config(path).get("model", {})
+    model = model.get("backbone", model)  # a classifier's config has its options at the top
+    if "spec" not in model:
+        raise SpecError(f"{path} has no model.backbone.spec: give a config of a PIIP detector, segmentor or classifier")
+    options = {key: model[key] for key in ("scales", "taps", "head", "num_classes", "readout") if key in model}
+    return _row_of_spec(model["spec"], name, options)
 
 
 def _row_of_spec(spec: Any, shown: str, options: dict[str, Any]) -> Row:
     resolved = resolve_spec(spec)
     resolution = "/".join(str(branch.resolution) for branch in reversed(resolved.branches))
-    table = "imagenet" if resolved.head != "dense" else "convnext" if options.get("taps") else "variants"
+    table = (
+        "imagenet"
+        if resolved.head != "dense" or "head" in options
+        else "convnext"
+        if options.get("taps")
+        else "variants"
+    )
     config = shown if shown.endswith(".py") else ""
     return Row(table, shown, spec, resolution, (), config, options=options, released=False)
 

@@ -43,7 +43,7 @@ def every_row(rows=ROWS):
 
 def reference_of(row: Row, convention: str, variant: str = "") -> dict[str, str] | None:
     """The figures of the original; for a fused MLP, which its counter misses, with the MLP counted."""
-    name = row.name if row.config else "clip-vit-large-patch14-336"
+    name = "clip-vit-large-patch14-336" if row.spec == "clip-l-336" else row.name
     found = [r for r in budgets() if r["config"] == name and convention in r["convention"].split("+")]
     wanted = [r for r in found if r["variant"] in (variant, "mlp_counted")]
     return wanted[-1] if wanted else None
