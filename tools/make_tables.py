@@ -6,7 +6,8 @@
     python tools/make_tables.py --check     # change nothing; fails where a table differs
 
 A table stands between `<!-- begin table NAME ... -->` and `<!-- end table -->`; NAME is a table of `piip.zoo.released`,
-several may follow each other, or `branches` for the pretrained files that the rows of a task's folder start from.
+several may follow each other, or `branches` for the pretrained files that the rows of a task's folder start from,
+or `versions` for the pinned packages.
 """
 
 import argparse
@@ -18,11 +19,31 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 from piip.zoo.released import ROWS, SOURCES, TABLES, Row, branch_weights, find_source
 
 ROOT = Path(__file__).resolve().parents[1]
 COSTS = ROOT / "piip" / "zoo" / "costs.csv"
 REFERENCE = ROOT / "tests" / "reference"
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "onedl-mmengine",
+    "onedl-mmcv",
+    "onedl-mmdetection",
+    "onedl-mmsegmentation",
+    "transformers",
+    "deepspeed",
+    "accelerate",
+    "peft",
+    "gradio",
+    "onnx",
+    "onnxruntime",
+    "huggingface_hub",
+    "safetensors",
+)
 BLOCK = re.compile(r"(<!-- begin table (?P<names>[\w ]+) -->\n).*?(<!-- end table -->)", re.DOTALL)
 
 
@@ -123,13 +144,29 @@ def branch_table(task: str) -> str:
     )
 
 
+def version_table() -> str:
+    """Return the pinned versions of the packages that matter, by version of Python."""
+    pythons = ("3.10", "3.11", "3.12")
+    pins: dict[str, dict[str, str]] = {name: {} for name in PACKAGES}
+    for text in (ROOT / "requirements" / "constraints.txt").read_text(encoding="utf-8").splitlines():
+        if not text or text.startswith("#"):
+            continue
+        requirement = Requirement(text)
+        for python in pythons:
+            marker = {"python_version": python, "sys_platform": "linux", "platform_system": "Linux"}
+            if requirement.name in pins and (requirement.marker is None or requirement.marker.evaluate(marker)):
+                pins[requirement.name][python] = str(requirement.specifier).removeprefix("==")
+    return markdown([{"package": name, **{f"Python {p}": pins[name].get(p, "") for p in pythons}} for name in PACKAGES])
+
+
 def render(path: Path) -> str:
     """Return the text of a file with its tables written anew."""
     folder = path.parent.relative_to(ROOT).as_posix().removeprefix(".")
 
     def table(match: re.Match[str]) -> str:
         names = match["names"].split()
-        made = [branch_table(folder) if name == "branches" else published_table(name, folder) for name in names]
+        others = {"branches": lambda: branch_table(folder), "versions": version_table}
+        made = [others[name]() if name in others else published_table(name, folder) for name in names]
         return match[1] + "\n" + "\n".join(made) + "\n" + match[3]
 
     return BLOCK.sub(table, path.read_text(encoding="utf-8"))
