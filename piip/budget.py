@@ -44,10 +44,10 @@ def _with_total(costs: Costs) -> Costs:
 class _Tower(nn.Module):
     """A pyramid alone, as LLaVA's vision tower."""
 
-    def __init__(self, spec: Spec) -> None:
+    def __init__(self, spec: Spec, kernel: str = "auto") -> None:
         super().__init__()
         self.spec = resolve_spec(spec)
-        self.pyramid = build_pyramid(self.spec)
+        self.pyramid = build_pyramid(self.spec, kernel=kernel)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         return [tokens.x for tokens in self.pyramid(images)[0]]
@@ -60,7 +60,7 @@ MODELS: dict[str, Callable[..., Any]] = {**TASK_MODELS, "tower": _Tower}
 _CHILDREN = {"tap_merges": "merging", "merge": "merging", "fpn": "fpn", "norm": "head", "head": "head"}
 
 
-def _parts(model: Any) -> dict[str, list[nn.Module]]:
+def parts_of(model: Any) -> dict[str, list[nn.Module]]:
     """Return the modules that every part of a model consists of."""
     parts = {f"branch{i + 1}": [branch] for i, branch in enumerate(model.pyramid.branches)}
     parts["interactions"] = [*model.pyramid.stages]
@@ -133,7 +133,7 @@ def as_run(spec: Spec, size: tuple[int, int] | None = None, *, model: str = "den
         params = sum(p.numel() for top in group for p in top.parameters())
         return Cost(params, sum(map(macs, group)) + sum(sampled.get(id(module), 0) for module in inner))
 
-    return _with_total({part: cost(group) for part, group in _parts(network).items()})
+    return _with_total({part: cost(group) for part, group in parts_of(network).items()})
 
 
 # The counter of the published tables. It sees modules of exactly these types, at each call; GELU, softmax, RMSNorm and
@@ -205,7 +205,7 @@ def published(
     network, images = _on_meta(model, spec, size, options)
     if convention == "classification":
         _like_the_classifiers(network)
-    parts = _parts(network)
+    parts = parts_of(network)
     part_of = {id(m): part for part, group in parts.items() for module in group for m in module.modules()}
     macs = dict.fromkeys(parts, 0)
     first_cells: dict[str, int] = {}  # by unit and direction

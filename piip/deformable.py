@@ -1,5 +1,6 @@
 """Deformable cross-attention between two token grids (arXiv 2406.04330, section 3.2; Deformable DETR, 2010.04159)."""
 
+import logging
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -7,6 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
 
 Kernel = Callable[[Tensor, tuple[int, int], Tensor, Tensor], Tensor]
 
@@ -41,18 +44,68 @@ def sample_torch(value: Tensor, grid: tuple[int, int], locations: Tensor, weight
     return total.squeeze(2).unflatten(0, (b, heads)).permute(0, 3, 1, 2).reshape(b, queries, -1)
 
 
-KERNELS: dict[str, Kernel] = {"torch": sample_torch}
+def sample_triton(value: Tensor, grid: tuple[int, int], locations: Tensor, weights: Tensor) -> Tensor:
+    """Sample like `sample_torch`, by a Triton kernel on a CUDA device; see `piip.triton_sampling`."""
+    from piip import triton_sampling  # needs Triton
+
+    return triton_sampling.sample_triton(value, grid, locations, weights)
+
+
+def sample_auto(value: Tensor, grid: tuple[int, int], locations: Tensor, weights: Tensor) -> Tensor:
+    """Sample like `sample_torch`, by the fastest kernel that works here.
+
+    On a CUDA device that is Triton's, once it has agreed with the torch kernel there in an eager call; graphs that are
+    traced before that, and exported ones, hold torch's own operators.
+    """
+    if value.is_cuda and value.dtype != torch.float64 and _triton_agrees(value.device):
+        return sample_triton(value, grid, locations, weights)
+    return sample_torch(value, grid, locations, weights)
+
+
+_agrees: dict[torch.device, bool] = {}  # by CUDA device
+
+
+def _triton_agrees(device: torch.device) -> bool:
+    if torch.compiler.is_exporting():
+        return False
+    if device not in _agrees and not torch.compiler.is_compiling():
+        _agrees[device] = _compare_with_triton(device)
+    return _agrees.get(device, False)
+
+
+def _compare_with_triton(device: torch.device) -> bool:
+    """Whether the Triton kernel gives the torch kernel's output and gradients on a device."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((1, 12, 2, 6), (1, 40, 2, 4, 2), (1, 40, 2, 4))
+    given = [torch.rand(shape, generator=generator).to(device) for shape in shapes]
+    results = []
+    try:
+        for kernel in (sample_torch, sample_triton):
+            value, locations, weights = (t.clone().requires_grad_() for t in given)
+            with torch.inference_mode(False), torch.enable_grad():
+                out = kernel(value, (3, 4), locations, weights)
+                results.append([out, *torch.autograd.grad(out.square().sum(), [value, locations, weights])])
+        agrees = all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(*results, strict=True))
+        reason = "its results differ from the torch kernel's"
+    except Exception as error:  # noqa: BLE001  a compiler, a driver or an old device: whatever it is, torch's runs
+        agrees, reason = False, f"{type(error).__name__}: {error}"
+    if not agrees:
+        logger.warning("the Triton sampling kernel is not used on %s: %s", device, reason)
+    return agrees
+
+
+KERNELS: dict[str, Kernel] = {"torch": sample_torch, "triton": sample_triton}
 
 
 def choose_kernel(name: str) -> Kernel:
-    """Return the sampling kernel called `name`; `auto` is the fastest that runs everywhere.
+    """Return the sampling kernel called `name`; `auto` is the fastest that works where it is called.
 
     Raises:
         ValueError: There is no such kernel.
     """
     if name != "auto" and name not in KERNELS:
         raise ValueError(f"unknown kernel {name!r}; known kernels: auto, {', '.join(KERNELS)}")
-    return KERNELS["torch" if name == "auto" else name]
+    return sample_auto if name == "auto" else KERNELS[name]
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager:

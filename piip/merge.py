@@ -30,6 +30,16 @@ def one_convolution(dim: int, out_dim: int, first: bool) -> nn.Module:
     return nn.Sequential(*(_normalisation(out_dim) if first else _convolution(dim, out_dim)))
 
 
+def separable(dim: int, out_dim: int, first: bool) -> nn.Module:
+    """Project by a 1x1 convolution and filter by a depthwise 3x3 one: a tenth of `two_convolutions`' cost and less.
+
+    Not in the papers; for new training.
+    """
+    across = nn.Conv2d(dim, out_dim, kernel_size=1, bias=False)
+    along = nn.Conv2d(out_dim, out_dim, kernel_size=3, padding=1, groups=out_dim, bias=False)
+    return nn.Sequential(across, along, *_normalisation(out_dim))
+
+
 class _Permute(nn.Module):
     def __init__(self, *order: int) -> None:
         super().__init__()
@@ -54,6 +64,7 @@ STYLES: dict[str, Callable[[int, int, bool], nn.Module]] = {
     "two_convolutions": two_convolutions,
     "one_convolution": one_convolution,
     "linear": linear,
+    "separable": separable,
 }
 
 

@@ -105,6 +105,8 @@ class DensePyramid(PyramidModel):
         scales: Simple FPN: scales of the levels relative to the merged map; (2, 1, 0.5) for DINO heads.
         taps: Regular FPN: stages after which the branches are merged, beside the last; their levels and the last
             one's have the strides 4, 8, 16, ...
+        merge: How branches are projected for merging, a key of `piip.merge.STYLES`; the papers' by default, which is
+            two convolutions with a simple FPN and one with a regular FPN. `separable` costs a fraction.
         **options: Further options of `PyramidModel`.
 
     Attributes:
@@ -121,6 +123,7 @@ class DensePyramid(PyramidModel):
         *,
         scales: Sequence[float] = (4, 2, 1, 0.5),
         taps: Sequence[int] | None = None,
+        merge: str | None = None,
         **options: Any,
     ) -> None:
         super().__init__(spec, **options)
@@ -128,7 +131,8 @@ class DensePyramid(PyramidModel):
         self.scales = tuple(scales) if taps is None else ()
         self.taps = [] if taps is None else [range(pyramid.depth)[tap] for tap in taps]
         single = len(pyramid.branches) == 1
-        style = "two_convolutions" if taps is None else "one_convolution"
+        style = merge or ("two_convolutions" if taps is None else "one_convolution")
+        self.merge_style = merge
         # By stage, in the order of the levels; the last one's names are those of a pyramid without taps.
         self.tap_merges = nn.ModuleDict({str(k): self._build_merge(k, style) for k in self.taps if not single})
         self.merge = None if single else self._build_merge(-1, style)
@@ -146,7 +150,8 @@ class DensePyramid(PyramidModel):
 
     def describe(self) -> dict[str, Any]:
         """See `PyramidModel.describe`."""
-        return {"taps": list(self.taps)} if self.taps else {"scales": list(self.scales)}
+        levels = {"taps": list(self.taps)} if self.taps else {"scales": list(self.scales)}
+        return levels if self.merge_style is None else {**levels, "merge": self.merge_style}
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Map images `(B, 3, H, W)` to one map `(B, C, h, w)` per FPN level.

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from piip.branches.base import Branch
 from piip.errors import SpecError
 from piip.interaction import InteractionStage
+from piip.runtime import run_in_parallel
 from piip.tokens import Tokens
 
 
@@ -30,6 +32,10 @@ class PIIP(nn.Module):
         input_resolution: Nominal side of the images given to the pyramid; the largest resolution by default.
         output_branch: Index of the branch whose grid a merged map takes; the one with the largest image by default.
         **interaction_options: Options of `piip.interaction.Injector`.
+
+    Attributes:
+        parallel_streams: Whether the branches of a stage run on CUDA streams of their own. Small branches leave most of
+            a large GPU idle; without CUDA graphs, though, the Python thread that starts all kernels is the limit.
 
     Raises:
         SpecError: The description cannot be built.
@@ -68,6 +74,7 @@ class PIIP(nn.Module):
         interactions = 0 if count == 1 else interactions
         blocks = blocks or [None] * count
         stages = interactions or len(blocks[0] or (1,))
+        self.parallel_streams = False
         self.cuts = [
             cut_blocks(branch.depth, stages, per_stage, f"branch {i + 1}")
             for i, (branch, per_stage) in enumerate(zip(branches, blocks, strict=True))
@@ -115,12 +122,21 @@ class PIIP(nn.Module):
         states = [branch.embed(self._resize(images, i)) for i, branch in enumerate(self.branches)]
         kept = {}
         for k in range(max(wanted, default=-1) + 1):
-            states = [branch.run(t, *cut[k]) for branch, t, cut in zip(self.branches, states, self.cuts, strict=True)]
+            states = self._run_branches(states, k)
             if self.stages:
                 states = self.stages[k](states)
             if k in wanted:
                 kept[k] = states
         return [kept[k] for k in wanted]
+
+    def _run_branches(self, states: list[Tokens], stage: int) -> list[Tokens]:
+        calls = [
+            partial(branch.run, tokens, *cut[stage])
+            for branch, tokens, cut in zip(self.branches, states, self.cuts, strict=True)
+        ]
+        if self.parallel_streams and states[0].x.is_cuda:
+            return run_in_parallel(calls, states[0].x.device)
+        return [call() for call in calls]
 
     def _resize(self, images: Tensor, index: int) -> Tensor:
         resolution, reference = self.resolutions[index], self.input_resolution

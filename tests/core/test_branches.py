@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from piip import DensePyramid
 from piip.branches import Branch, base, create_branch, list_branches, register_branch
 from piip.errors import SpecError
-from piip.tokens import Tokens
+from piip.tokens import Tokens, map_to_tokens
 
 # Options that make a type small, by the first word of its name: a new family adds its own here.
 SMALL = {
@@ -77,6 +77,23 @@ def test_declared_dims_and_strides_are_true(name, options, size):
         assert tokens.grid == grid
         assert tokens.x.shape == (1, grid[0] * grid[1], branch.dims[i])
         assert tokens.prefix is None or tokens.prefix.shape[::2] == (1, branch.dims[i])
+
+
+@every_type
+@pytest.mark.parametrize("batch", [1, 2])
+def test_maps_have_their_channels_last_in_memory(name, options, batch):
+    """Tokens are contiguous, and a map of them is one that convolutions take without a copy."""
+    branch = build(name, options).eval()
+    tokens = branch.embed(torch.randn(batch, 3, 40, 56))
+    for state in (tokens, branch.run(tokens, 0, branch.depth)):
+        if state.prefix is None:
+            assert state.x.is_contiguous()
+        maps = state.to_map()
+        assert maps.data_ptr() == state.x.data_ptr()
+        assert maps.stride(1) == 1
+        if state.prefix is None:
+            assert maps.is_contiguous(memory_format=torch.channels_last)
+            assert map_to_tokens(maps).data_ptr() == state.x.data_ptr()
 
 
 @every_type

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from piip import DensePyramid
 from piip.deformable import DeformableCrossAttention, Float32Linear, cell_centres, choose_kernel, sample_torch
+from piip.runtime import CudaGraph
 
 
 def random_inputs(batch=2, grid=(3, 5), queries=7, heads=2, width=4, points=3, dtype=torch.float32):
@@ -175,8 +177,10 @@ def test_what_is_kept_for_backward_is_one_sampled_tensor():
 
 
 def test_kernel_names():
-    assert choose_kernel("auto") is choose_kernel("torch") is sample_torch
-    with pytest.raises(ValueError, match="unknown kernel 'cuda'; known kernels: auto, torch"):
+    assert choose_kernel("torch") is sample_torch
+    inputs = random_inputs()
+    assert torch.equal(choose_kernel("auto")(*inputs), sample_torch(*inputs))
+    with pytest.raises(ValueError, match="unknown kernel 'cuda'; known kernels: auto, torch, triton"):
         choose_kernel("cuda")
     with pytest.raises(ValueError, match=r"value width 8 .= 16 channels x value_ratio 0.5. cannot be split into 3"):
         DeformableCrossAttention(16, 16, num_heads=3)
@@ -230,6 +234,24 @@ def test_a_pyramid_exports_and_compiles_as_one_graph(way):
     sum(level.sum() for level in model.train()(images)).backward()
 
 
+@pytest.mark.slow
+def test_compilations():
+    """One per size as such; with `dynamic=True` one for all sizes whose grids divide alike by the windows."""
+    model = tiny_pyramid().eval()
+    for dynamic, compilations in ((False, [1, 1, 2, 3]), (True, [1, 1, 1, 1])):
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend=counter)
+        seen = []
+        with torch.no_grad():
+            for side in (96, 96, 144, 192):
+                images = torch.randn(1, 3, side, side)
+                for level, expected in zip(compiled(images), model(images), strict=True):
+                    torch.testing.assert_close(level, expected, rtol=1e-4, atol=1e-4)
+                seen.append(counter.frame_count)
+        assert seen == compilations
+
+
 @pytest.mark.gpu
 def test_cuda_equals_cpu():
     attention = trained_like()
@@ -237,3 +259,32 @@ def test_cuda_equals_cpu():
     expected = attention(query, feat, (4, 6), (6, 10))
     out = attention.cuda()(query.cuda(), feat.cuda(), (4, 6), (6, 10))
     torch.testing.assert_close(out.cpu(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", ["streams", "graph"])
+def test_streams_and_graphs_change_nothing(way):
+    model = tiny_pyramid().cuda()
+    images = torch.randn(2, 3, 64, 64, device="cuda")
+    expected = model(images)
+    sum(level.square().sum() for level in expected).backward()
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    if way == "streams":
+        model.zero_grad()
+        model.pyramid.parallel_streams = True
+        actual = model(images)
+        sum(level.square().sum() for level in actual).backward()
+        for a, b in zip([p.grad for p in model.parameters() if p.grad is not None], gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    else:
+        captured = CudaGraph(model, torch.zeros_like(images))
+        actual = captured(images)
+        with pytest.raises(ValueError, match="captured for images of"):
+            captured(images[:1])
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_graphs_need_a_cuda_device():
+    with pytest.raises(ValueError, match="CUDA graphs need images on a CUDA device, these are on cpu"):
+        CudaGraph(tiny_pyramid(), torch.zeros(1, 3, 64, 64))

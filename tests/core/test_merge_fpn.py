@@ -114,3 +114,17 @@ def test_initial_values():
     ):
         assert layer.weight.std().item() == pytest.approx(math.sqrt(2 / fan_out), rel=0.05)
         assert layer.bias is None or not layer.bias.any()
+
+
+def test_maps_stay_channels_last():
+    """From tokens of one image to every level, no layer changes the layout."""
+    merged = BranchMerge([32, 16], 1)([state._replace(x=state.x[:1]) for state in states()])
+    for level in (merged, *SimpleFPN(32)(merged)):
+        assert level.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_separable_merging():
+    merge = BranchMerge([64, 16], 1, "separable")
+    assert [layers(p) for p in merge.projections] == [["Conv2d", "Conv2d", "GroupNorm", "ReLU"]] * 2
+    assert [p[0].weight.shape for p in merge.projections] == [(64, 64, 1, 1), (64, 16, 1, 1)]
+    assert [p[1].weight.shape for p in merge.projections] == [(64, 1, 3, 3)] * 2

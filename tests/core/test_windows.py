@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from piip.attention import CrossAttention, SelfAttention, merge_windows, partition_windows
+from piip.branches.vit import ViTBranch
 
 
 def attention(window=None, **options) -> SelfAttention:
@@ -99,3 +100,25 @@ def test_cross_attention():
     expected = module.proj(torch.stack([attend(*qkv, heads=4) for qkv in projected]))
     torch.testing.assert_close(module(query, feat, (2, 3), (3, 3)), expected, rtol=1e-5, atol=1e-5)
     assert [name for name, _ in module.named_parameters() if "bias" in name] == ["proj.bias"]
+
+
+def test_a_grid_of_one_window_s_width_is_cut_without_a_copy():
+    x = torch.randn(2, 24, 5)
+    windows = partition_windows(x.unflatten(1, (12, 2)), 2)
+    assert windows.data_ptr() == x.data_ptr()
+    assert merge_windows(windows, 2, (12, 2)).data_ptr() == x.data_ptr()
+
+
+@pytest.mark.parametrize("size", [(48, 64), (40, 64)])
+@pytest.mark.parametrize("training", [False, True])
+def test_blocks_of_equal_windows_run_like_one_after_the_other(size, training):
+    """The first size fills its windows; drop path goes by image, in whatever order the windows are."""
+    shape = {"embed_dim": 16, "depth": 5, "num_heads": 2, "patch_size": 8, "pos_grid": (4, 4)}
+    branch = ViTBranch(window=(2, 2, None, 2, 3), drop_path=0.5, **shape).train(training)
+    tokens = branch.embed(torch.randn(4, 3, *size))
+    x = tokens.x
+    torch.manual_seed(1)
+    for block in branch.blocks:
+        x = block(x, tokens.grid)
+    torch.manual_seed(1)
+    torch.testing.assert_close(branch.run(tokens, 0, 5).x, x, rtol=1e-5, atol=1e-6)
