@@ -17,7 +17,7 @@ SMALL = {
     "vit": {"embed_dim": 32, "depth": 3, "num_heads": 2, "patch_size": 8, "pos_grid": (4, 4)},
     "convnext": {"depths": (1, 2, 1, 1), "widths": (8, 16, 24, 32), "layer_scale": 0.5},
 }
-SMALL["deit"] = SMALL["internvit"] = SMALL["vit"]
+SMALL["deit"] = SMALL["internvit"] = SMALL["clip"] = SMALL["vit"]
 # Layer scales near zero would hide the gradients behind them.
 SMALL["uniperceiver"] = {**SMALL["vit"], "layer_scale": 0.5}
 SMALL["beit"] = {"embed_dim": 32, "depth": 3, "num_heads": 2, "patch_size": 8, "window": 3, "layer_scale": 0.5}
