@@ -31,13 +31,18 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Return how long a call takes, the device's work included."""
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+"""Seconds that pass, and seconds that the process computes (all its threads): the latter for busy machines."""
+
+
+def seconds(call: Callable[[], Any], device: torch.device, clock: str = "wall") -> float:
+    """Return how long a call takes by one of `CLOCKS`, the device's work included."""
+    now = CLOCKS[clock]
     synchronise(device)
-    start = time.perf_counter()
+    start = now()
     call()
     synchronise(device)
-    return time.perf_counter() - start
+    return now() - start
 
 
 class MatmulPeak:
@@ -47,9 +52,11 @@ class MatmulPeak:
         dtype: Type of the matrices.
         device: Where they are.
         side: Their side; by default large enough that a call takes a good tenth of a second on a CPU core.
+        clock: See `CLOCKS`.
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, side: int | None = None) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device, side: int | None = None, clock: str = "wall") -> None:
+        self.clock = clock
         side = side or (8192 if device.type == "cuda" else 2560)
         self.device, self.macs, self.rate = device, side**3, 0.0
         self._factors = [torch.randn(side, side, device=device).to(dtype) for _ in range(2)]
@@ -59,7 +66,7 @@ class MatmulPeak:
     def measure(self) -> float:
         """Multiply once more; return the best rate so far."""
         with torch.inference_mode():
-            taken = seconds(lambda: torch.mm(*self._factors, out=self._out), self.device)
+            taken = seconds(lambda: torch.mm(*self._factors, out=self._out), self.device, self.clock)
         self.rate = max(self.rate, self.macs / taken)
         return self.rate
 
@@ -106,7 +113,9 @@ class PeakMemory(TorchDispatchMode):
 
 
 @contextmanager
-def timed_parts(model: Any, parts: Mapping[str, Sequence[nn.Module]]) -> Iterator[dict[str, float]]:
+def timed_parts(
+    model: Any, parts: Mapping[str, Sequence[nn.Module]], clock: str = "wall"
+) -> Iterator[dict[str, float]]:
     """Collect how long the parts of a model take while the region runs, in seconds, calls summed up.
 
     Beside the parts, the kinds of `KINDS` and `sampling` are timed: they lie inside the parts. Timing every call costs
@@ -115,17 +124,19 @@ def timed_parts(model: Any, parts: Mapping[str, Sequence[nn.Module]]) -> Iterato
     Args:
         model: A model with a `pyramid`.
         parts: Modules of every part, see `piip.budget.parts_of`.
+        clock: See `CLOCKS`.
     """
+    now = CLOCKS[clock]
     device = next(model.parameters()).device
     spent: dict[str, float] = defaultdict(float)
 
     def timed(call: Callable[..., Any], name: str) -> Callable[..., Any]:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             synchronise(device)
-            start = time.perf_counter()
+            start = now()
             out = call(*args, **kwargs)
             synchronise(device)
-            spent[name] += time.perf_counter() - start
+            spent[name] += now() - start
             return out
 
         return wrapper

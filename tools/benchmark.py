@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from piip.budget import MODELS, as_run, parts_of
 from piip.deformable import KERNELS
 from piip.errors import SpecError, unknown
-from piip.measure import MatmulPeak, PeakMemory, seconds, timed_parts
+from piip.measure import CLOCKS, MatmulPeak, PeakMemory, seconds, timed_parts
 from piip.merge import STYLES
 from piip.runtime import CudaGraph
 from piip.zoo.released import TABLES
@@ -192,14 +192,17 @@ def measure_memory(case: Case) -> int:
 def measure(cases: Sequence[Case], args: argparse.Namespace) -> dict[str, MatmulPeak]:
     """Fill in what was measured; return the matrix-multiply peak of every type."""
     device = torch.device(args.device)
-    peaks = {dtype: MatmulPeak(DTYPES[dtype], device) for dtype in dict.fromkeys(case.dtype for case in cases)}
+    peaks = {
+        dtype: MatmulPeak(DTYPES[dtype], device, clock=args.clock)
+        for dtype in dict.fromkeys(case.dtype for case in cases)
+    }
     for case in cases:
         for _ in range(args.warmup):
             case.step()
     gc.disable()  # a collection would hit one case
     for number in range(args.repeat):
         for case in cases:
-            case.taken.append(seconds(case.step, device))
+            case.taken.append(seconds(case.step, device, args.clock))
             peaks[case.dtype].measure()
         gc.collect()
         print(f"round {number + 1} of {args.repeat}", file=sys.stderr, flush=True)
@@ -209,7 +212,7 @@ def measure(cases: Sequence[Case], args: argparse.Namespace) -> dict[str, Matmul
             case.memory = measure_memory(case)
         case.model.zero_grad(set_to_none=True)
         if args.parts:
-            with timed_parts(case.model, parts_of(case.model)) as case.parts, torch.inference_mode():
+            with timed_parts(case.model, parts_of(case.model), args.clock) as case.parts, torch.inference_mode():
                 case.model(case.images)
     return peaks
 
@@ -306,6 +309,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeat", type=int, default=5, help="rounds")
     parser.add_argument("--warmup", type=int, default=1, help="runs before the first round")
     parser.add_argument("--threads", type=int, help="threads of CPU operators")
+    parser.add_argument(
+        "--clock",
+        choices=tuple(CLOCKS),
+        default="wall",
+        help="cpu: what the process computes, all threads together; with --threads 1 for a machine that others use too",
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--parts", action="store_true", help="time the parts of a forward pass as well")
     parser.add_argument("--csv", type=Path)
@@ -324,6 +333,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
     if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device {args.device}: torch sees no CUDA device")
+    if torch.device(args.device).type == "cuda" and args.clock == "cpu":
+        parser.error("--clock cpu does not see what a CUDA device does")
     needs_cuda = [key for key in ("graph", "streams") if any(v.get(key) == "on" for v in args.variations)]
     if needs_cuda and torch.device(args.device).type != "cuda":
         parser.error(f"--vary {needs_cuda[0]}=on needs --device cuda")

@@ -41,14 +41,14 @@ def benchmark(monkeypatch):
     spec = importlib.util.spec_from_file_location("benchmark", ROOT / "tools" / "benchmark.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "MatmulPeak", lambda dtype, device: MatmulPeak(dtype, device, side=64))
+    monkeypatch.setattr(module, "MatmulPeak", lambda *what, **how: MatmulPeak(*what, side=64, **how))
     return module
 
 
 def test_models_and_variants_take_turns_and_are_written_down(benchmark, tmp_path, capsys, monkeypatch):
     order = []
     measured = benchmark.seconds
-    monkeypatch.setattr(benchmark, "seconds", lambda step, device: order.append(step) or measured(step, device))
+    monkeypatch.setattr(benchmark, "seconds", lambda step, *how: order.append(step) or measured(step, *how))
     files = {kind: tmp_path / f"out.{kind}" for kind in ("json", "csv", "png")}
     arguments = ["tiny", "tiny-96", "--mode", "forward", "train", "--vary", "dtype=fp32,bf16", "batch=1,2"]
     arguments += ["--repeat", "3", "--parts", "--json", files["json"], "--csv", files["csv"], "--picture", files["png"]]
@@ -173,7 +173,7 @@ def test_timing_parts_leaves_the_model_as_it_was():
 
 def test_the_peak_is_the_best_rate_seen(monkeypatch):
     taken = iter([2.0, 1.0, 4.0])
-    monkeypatch.setattr("piip.measure.seconds", lambda call, device: next(taken))
+    monkeypatch.setattr("piip.measure.seconds", lambda *what: next(taken))
     peak = MatmulPeak(torch.float32, torch.device("cpu"), side=10)
     assert peak.rate == 500
     assert [peak.measure(), peak.measure()] == [1000, 1000]
