@@ -138,6 +138,7 @@ def test_files_that_are_not_there(playground, capsys):
     assert "unknown benchmark 'gqq' (did you mean gqa?)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_lmms_eval_asks_and_the_files_are_written(playground, tmp_path):
     pytest.importorskip("lmms_eval", reason="needs the eval extra")
     pytest.importorskip("openpyxl", reason="needs the eval extra")

@@ -239,10 +239,12 @@ def _vqav2(root: Path) -> list[Row]:
 def _submit_mmbench(rows: Sequence[Row], answers: Sequence[str], root: Path, out: Path) -> Path:
     try:
         from openpyxl import Workbook
+        from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
     except ImportError:
         raise InputError("MMBench's file is a spreadsheet: pip install openpyxl") from None
     csv.field_size_limit(sys.maxsize)
-    given = dict(zip((row["question_id"] for row in rows), answers, strict=True))
+    texts = (ILLEGAL_CHARACTERS_RE.sub("", text) for text in answers)  # a cell cannot hold control characters
+    given = dict(zip((row["question_id"] for row in rows), texts, strict=True))
     lines = _file(root / "mmbench_dev_20230712.tsv").splitlines(keepends=True)
     reader = csv.DictReader(lines, delimiter="\t")
     left_out = {"hint", "category", "source", "image", "comment", "l2-category"}

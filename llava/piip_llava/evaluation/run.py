@@ -12,6 +12,11 @@ from piip_llava.errors import InputError
 from piip_llava.evaluation.benchmarks import BENCHMARKS, Row
 
 
+def collect(items: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Return answers by question: lmms-eval hands on one item per question."""
+    return dict(items)
+
+
 def task(name: str, rows: Path, max_new_tokens: int) -> dict[str, Any]:
     """Return lmms-eval's description of a benchmark whose rows are in a file, one JSON object per line."""
     from piip_llava.evaluation.lmms import row_image
@@ -27,7 +32,7 @@ def task(name: str, rows: Path, max_new_tokens: int) -> dict[str, Any]:
         "doc_to_target": "answer",
         "generation_kwargs": {"max_new_tokens": max_new_tokens, "temperature": 0, "do_sample": False},
         "process_results": lambda row, results: {"answer": (str(row["question_id"]), results[0])},
-        "metric_list": [{"metric": "answer", "aggregation": dict, "higher_is_better": True}],
+        "metric_list": [{"metric": "answer", "aggregation": collect, "higher_is_better": True}],
         "metadata": {"version": 1.0},
     }
 
@@ -42,6 +47,7 @@ def ask(model: Any, name: str, rows: Sequence[Row], out: Path, max_new_tokens: i
         out: Folder for what is asked.
         max_new_tokens: Longest answer.
     """
+    from lmms_eval.api.task import ConfigurableTask
     from lmms_eval.evaluator import simple_evaluate
 
     file = out / f"{name}_questions.jsonl"
@@ -49,7 +55,7 @@ def ask(model: Any, name: str, rows: Sequence[Row], out: Path, max_new_tokens: i
     file.write_text("".join(json.dumps({**row, "question_id": str(row["question_id"])}) + "\n" for row in rows))
     results = simple_evaluate(
         model=model,
-        tasks=[task(name, file, max_new_tokens)],
+        tasks=[ConfigurableTask(config=task(name, file, max_new_tokens))],
         bootstrap_iters=0,
         log_samples=False,
         verbosity="WARNING",
