@@ -30,6 +30,8 @@ EXTRAS = {
     ],
     "train": ["deepspeed>=0.19"],
     "demo": ["gradio>=6"],
+    # lmms-eval pins much: better in an environment of its own.
+    "eval": ["lmms-eval>=0.7.3", "openpyxl>=3.1"],
     "export": ["onnx>=1.19", "onnxruntime>=1.23", "onnxscript>=0.5"],
     "dev": [
         # tests
@@ -47,8 +49,8 @@ EXTRAS = {
         "ruff>=0.17",
     ],
 }
-# Everything that the tests run on.
-EXTRAS["all"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
+# Everything that the tests run on; `eval` pins too much to be part of it.
+EXTRAS["all"] = sorted({requirement for name, extra in EXTRAS.items() if name != "eval" for requirement in extra})
 
 
 def read_version() -> str:
@@ -85,4 +87,5 @@ setup(
     package_data={"piip": ["py.typed", "zoo/*.csv"]},
     install_requires=["torch>=2.6", "timm>=1.0.20"],
     extras_require=EXTRAS,
+    entry_points={"lmms_eval.models": ["piip_llava = piip_llava.evaluation.lmms:manifest"]},
 )
