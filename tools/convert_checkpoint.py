@@ -5,7 +5,8 @@
     python tools/convert_checkpoint.py ours.safetensors again.pth    --model deit3-sbl-1568-1120-672 --to released
     python tools/convert_checkpoint.py released.pth my-model/        --model CONFIG --to hub
 
-A file of a backbone, of a classifier, or of a whole detector or segmentor; nothing may be missing or left over.
+A file of a backbone, of a classifier, or of a whole detector or segmentor; nothing may be missing or left over. A
+released LLaVA directory becomes a directory of transformers (--to hub or ours; not back).
 Training loads files of both kinds, so this is for other programs, and for publishing. Tensors that a released file
 holds and nothing reads go into `NAME.unread.safetensors` beside the result, for an exact way back.
 """
@@ -17,11 +18,12 @@ from pathlib import Path
 
 import torch
 
+from piip.errors import SpecError
 from piip.integrations import command
 from piip.integrations.hub import save_pretrained
 from piip.models import Classifier, PyramidModel, create_model
 from piip.zoo.convert import Rules, convert_file
-from piip.zoo.released import Row, row_of
+from piip.zoo.released import TABLES, Row, row_of
 
 
 def build(row: Row) -> PyramidModel:
@@ -47,6 +49,19 @@ def to_hub(row: Row, source: Path, target: Path) -> None:
     save_pretrained(model, target)
 
 
+def convert_llava(args: argparse.Namespace) -> None:
+    """Bring a released LLaVA directory to a directory of transformers, with our names."""
+    if args.to == "released":
+        raise SpecError(
+            "a LLaVA model is not written back as the authors' directory: its config.json and tokenizer are of their "
+            "program; piip_llava reads both kinds"
+        )
+    from piip_llava.modeling import PiipLlavaForConditionalGeneration  # needs transformers
+
+    PiipLlavaForConditionalGeneration.from_pretrained(args.source).save_pretrained(args.target)
+    print(f"{args.target}: a directory for transformers")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = command.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -63,6 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.target.exists() and args.to != "hub":
         parser.error(f"{args.target} is there already: choose another name, or remove it")
     row = row_of(args.model)
+    if TABLES[row.table].model == "tower":
+        convert_llava(args)
+        return
     if args.to == "hub":
         to_hub(row, args.source, args.target)
         print(f"{args.target}: config.json, model.safetensors, README.md")

@@ -67,6 +67,7 @@ KINDS = {
     "dino_4scale_deit_384_sbl_1792_1120_672_fpn_3x_coco_bs32_ms",
     "upernet_internvit_h6b_512_512_80k_ade20k_bs16_lr4e-5",
     "piip_3branch_tsb_368-192-128_cls_token_deit1",
+    "piip-llava_clip-bl_512-256_7B",
 }
 
 
@@ -95,8 +96,37 @@ def test_whole_detectors_and_segmentors_there_and_back(path):
     round_trip(TOOL.build(row), stand_ins(shapes), TOOL.rules_of(row))
 
 
+LLAVA = [path for path in lists("manifests") if path.name.startswith("piip-llava")]
+
+
+@pytest.mark.parametrize("path", each(LLAVA))
+def test_llava_towers_and_projectors_there_and_back(path):
+    pytest.importorskip("transformers", reason="needs the llava extra")
+    from piip_llava.projector import build_projector
+    from piip_llava.released import NameMap
+    from piip_llava.rows import ROWS
+    from piip_llava.tower import build_tower
+
+    held = json.loads(gzip.decompress(path.read_bytes()))
+    row = ROWS[path.name.removesuffix(".json.gz")]
+    with torch.device("meta"):
+        tower = build_tower(row.tower)
+        parts = {
+            "vision_tower": tower,
+            "projector": build_projector(row.projector, tower.dims, held["llm_hidden_size"]),
+        }
+    shapes = {f"{part}.{n}": tuple(t.shape) for part, module in parts.items() for n, t in module.state_dict().items()}
+    names = NameMap(tower, row.projector, shapes)
+    state = stand_ins(held["parameters"])
+    unread = names.unread_shapes(state)
+    again = names.to_released(names.from_released(state.items()))
+    assert {**again, **{name: state[name] for name in unread}}.keys() == state.keys()
+    assert all(tuple(again[name].shape) == tuple(state[name].shape) for name in again)
+    assert all(again[name].flatten()[0] == state[name].flatten()[0] for name in again)
+
+
 def test_there_are_as_many_lists_as_the_reference_has():
-    assert (len(BACKBONES), len(lists("full_manifests"))) == (44, 8)
+    assert (len(BACKBONES), len(lists("full_manifests")), len(LLAVA)) == (44, 8, 9)
 
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
