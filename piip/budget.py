@@ -42,12 +42,14 @@ def _with_total(costs: Costs) -> Costs:
 
 
 class _Tower(nn.Module):
-    """A pyramid alone, as LLaVA's vision tower."""
+    """A pyramid alone, as LLaVA's vision tower; LLaVA-1.5 leaves blocks at the end of its only branch unread."""
 
-    def __init__(self, spec: Spec, kernel: str = "auto") -> None:
+    def __init__(self, spec: Spec, kernel: str = "auto", unread_blocks: int = 0) -> None:
         super().__init__()
         self.spec = resolve_spec(spec)
         self.pyramid = build_pyramid(self.spec, kernel=kernel)
+        if unread_blocks:
+            self.pyramid.cuts = [[(start, stop - unread_blocks) for start, stop in cut] for cut in self.pyramid.cuts]
 
     def forward(self, images: Tensor) -> list[Tensor]:
         return [tokens.x for tokens in self.pyramid(images)[0]]
@@ -202,7 +204,8 @@ def published(
         SpecError: The spec cannot be built.
         ValueError: The size leaves a branch without a token.
     """
-    network, images = _on_meta(model, spec, size, options)
+    # The table counts every block of a tower, read or not.
+    network, images = _on_meta(model, spec, size, {} if model == "tower" else options)
     if convention == "classification":
         _like_the_classifiers(network)
     parts = parts_of(network)

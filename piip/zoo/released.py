@@ -157,14 +157,15 @@ def _read(cells: Mapping[str, str]) -> Row:
         metrics=numbers(cells["metrics"]),
         params=float(cells["params"]) if cells["params"] else None,
         flops=float(cells["flops"]) if cells["flops"] else None,
-        options={key: tuple(map(_number, value.split())) for key, value in options.items()},
+        options={key: _values(value) for key, value in options.items()},
         released=bool(cells["weights"]),
         repository=cells["weights"] if "/" in cells["weights"] else "",
     )
 
 
-def _number(text: str) -> float:
-    return float(text) if "." in text else int(text)
+def _values(text: str) -> float | tuple[float, ...]:
+    values = tuple(float(value) if "." in value else int(value) for value in text.split())
+    return values if len(values) > 1 else values[0]
 
 
 with Path(__file__).with_suffix(".csv").open(encoding="utf-8", newline="") as _file:
