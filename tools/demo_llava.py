@@ -34,8 +34,8 @@ from piip_llava.training import read_row
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "llava/configs/mini.py"
-DATA = {"image_size": 192, "train": 3000, "val": 200, "digits_per_image": (1, 4), "min_size": 32, "max_size": 72}
-CROPS = {"crop_size": 48, "crops_per_image": 2}
+DATA = {"image_size": 128, "train": 3000, "val": 200, "digits_per_image": (1, 3), "min_size": 28, "max_size": 56}
+CROPS = {"crop_size": 32, "crops_per_image": 3}
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -153,7 +153,7 @@ def main() -> None:
             resolve_spec(read_row(str(CONFIG)).tower["spec"]),
             data / "imagefolder",
             out / "pretrained",
-            epochs=4,
+            epochs=5,
             seed=args.seed,
         )
     lap("branches")

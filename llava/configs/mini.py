@@ -1,4 +1,4 @@
-"""A small PIIP-LLaVA for the mini data: what `make demo-llava` trains. Two ConvNeXt branches, 96 and 192 pixels.
+"""A small PIIP-LLaVA for the mini data: what `make demo-llava` trains. Two ConvNeXt branches, 64 and 128 pixels.
 
 python train.py --vision_tower configs/mini.py --model_name_or_path LM --data_path DATA/pretrain.json ...
 """
@@ -13,10 +13,10 @@ model = Row(
         type="pyramid",
         spec=dict(
             branches=[
-                dict(arch="convnext", resolution=96, weights="large.safetensors", options=_LARGE),
-                dict(arch="convnext", resolution=192, weights="small.safetensors", options=_SMALL),
+                dict(arch="convnext", resolution=64, weights="large.safetensors", blocks=(5, 5), options=_LARGE),
+                dict(arch="convnext", resolution=128, weights="small.safetensors", blocks=(5, 4), options=_SMALL),
             ],
-            interactions=4,
+            interactions=2,
             heads=4,
             drop_path=0.0,
         ),

@@ -116,7 +116,7 @@ class PiipLlavaForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 f"pixel_values are {tuple(pixel_values.shape)}, the tower takes (N, 3, {side}, {side}): "
                 "prepare images with this model's processor"
             )
-        dtype = next(p.dtype for p in self.projector.parameters())
+        dtype = next(p.dtype for p in self.vision_tower.parameters())  # a projector may have none
         return self.projector(self.vision_tower(pixel_values.to(dtype)))
 
     def embed(self, input_ids: Tensor, pixel_values: Tensor | None = None) -> Tensor:
@@ -133,7 +133,8 @@ class PiipLlavaForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 raise ValueError(
                     f"input_ids hold {int(places.sum())} image token(s) and there are no images: give pixel_values"
                 )
-            if not (self.training and any(p.requires_grad for p in self.projector.parameters())):
+            seeing = (*self.vision_tower.parameters(), *self.projector.parameters())
+            if not (self.training and any(p.requires_grad for p in seeing)):
                 return embeddings
             # Every process runs the same modules in a training step, or collective operations would wait forever.
             side = self.vision_tower.image_size

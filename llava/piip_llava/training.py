@@ -291,6 +291,15 @@ def save(trainer: LlavaTrainer, processor: PiipLlavaProcessor, args: ModelArgume
             shutil.copy(config, folder)
 
 
+def start_processes(args: LlavaTrainingArguments) -> None:
+    """Start the process group: ZeRO-3 splits weights as they are loaded, before the trainer exists."""
+    log.info("training on %s", args.device)  # asking for the device starts it
+    if args.deepspeed and torch.distributed.is_initialized():
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend=torch.distributed.get_backend())
+
+
 def run(model_args: ModelArguments, data_args: DataArguments, args: LlavaTrainingArguments) -> LlavaTrainer:
     """Train a stage and write its result to `args.output_dir`.
 
@@ -308,7 +317,7 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: LlavaTrainin
     if model_args.lora_enable and args.deepspeed and "zero3" in str(args.deepspeed):
         raise InputError("LoRA is merged at the end, which needs whole weights: use ZeRO-2 with --lora_enable")
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    log.info("training on %s", args.device)  # starts the process group, which ZeRO-3 needs before weights are split
+    start_processes(args)
     transformers.set_seed(args.seed)
     # Mixed precision by autocast keeps weights in float32; DeepSpeed keeps its own float32 copy.
     weights = dtype if args.deepspeed or model_args.lora_enable else torch.float32
