@@ -35,7 +35,7 @@ from piip.integrations.visualize import Detections, draw, enlarge, save_picture
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "mmdetection/configs/piip/mini/mask_rcnn_mini_convnext-tsb_192_144_96_regular-fpn.py"
 PICTURES = 8
-PROGRESS = re.compile(r"branch \d .*|Epoch\((train|test)\) .*")
+PROGRESS = re.compile(r"branch \d .*|Epoch\((train|test)\) .*|epoch \d+ \* .*")
 ZOOM = 4  # mini images are too small to read a label in
 
 

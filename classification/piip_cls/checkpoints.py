@@ -23,8 +23,8 @@ FREE = {
 }  # fmt: skip
 
 
-def save(path: Path, trainer: Trainer, epoch: int, best: float) -> None:
-    """Write everything that a run needs to go on after an epoch."""
+def save(path: Path, trainer: Trainer, epoch: int, best: float, figures: Mapping[str, float]) -> None:
+    """Write everything that a run needs to go on after an epoch; `figures` are those of its log."""
     state = {
         "format": FORMAT,
         "model": bare(trainer.model).state_dict(),
@@ -33,6 +33,7 @@ def save(path: Path, trainer: Trainer, epoch: int, best: float) -> None:
         "scaler": trainer.scaler.state_dict(),
         "epoch": epoch,
         "best": best,
+        "figures": dict(figures),
         "processes": trainer.processes.count,
         "args": {name: value for name, value in vars(trainer.args).items() if name != "recipe"},
     }
@@ -41,8 +42,8 @@ def save(path: Path, trainer: Trainer, epoch: int, best: float) -> None:
     finish(part, path)
 
 
-def resume(path: str, trainer: Trainer) -> tuple[int, float]:
-    """Continue a run; returns the first epoch to train, and the best top-1 so far.
+def resume(path: str, trainer: Trainer) -> tuple[int, float, dict[str, float]]:
+    """Continue a run; returns its last epoch, its best top-1, and the last epoch's figures.
 
     The random numbers of an epoch follow from the seed and its number, so nothing else is needed.
 
@@ -61,7 +62,7 @@ def resume(path: str, trainer: Trainer) -> tuple[int, float]:
         trainer.ema.module.load_state_dict(state["model_ema"])
     trainer.optimizer.load_state_dict(state["optimizer"])
     trainer.scaler.load_state_dict(state["scaler"])
-    return state["epoch"] + 1, state["best"]
+    return state["epoch"], state["best"], state["figures"]
 
 
 def _check_same(path: str, state: Mapping[str, Any], trainer: Trainer) -> None:

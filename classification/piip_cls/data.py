@@ -173,7 +173,10 @@ def _inaturalist(root: Path, split: str, year: int, category: str) -> tuple[list
         path = root / image["file_name"]
         if not path.is_file():  # the archives of some mirrors have no folder for the supercategory
             path = root / parts[0] / Path(*parts[2:])
-        items.append((str(path), number[kinds[int(parts[2])][category]]))
+        kind = kinds[int(parts[2])][category]
+        if kind not in number:
+            raise RunError(f"{split}{year}.json has images of {kind!r}, and train{year}.json has none")
+        items.append((str(path), number[kind]))
     return items, list(number)
 
 
@@ -187,6 +190,9 @@ def build_transform(args: argparse.Namespace, size: int, train: bool) -> Any:
     crop, augment, finish = create_transform(
         size,
         is_training=True,
+        scale=tuple(args.scale),
+        ratio=tuple(args.ratio),
+        hflip=args.hflip,
         color_jitter=args.color_jitter,
         color_jitter_prob=None,
         auto_augment=policy,
@@ -205,7 +211,7 @@ def build_transform(args: argparse.Namespace, size: int, train: bool) -> Any:
             [
                 transforms.Resize(size, interpolation=transforms.InterpolationMode.BICUBIC),
                 transforms.RandomCrop(size, padding=4, padding_mode="reflect"),
-                transforms.RandomHorizontalFlip(),
+                transforms.RandomHorizontalFlip(args.hflip),
             ]
         )
     return transforms.Compose([crop, augment, finish])

@@ -66,16 +66,17 @@ class Trainer:
             size = min(accumulate, steps - step // accumulate * accumulate)  # the last group may be smaller
             wait = nullcontext() if closing or self.processes.count == 1 else self.model.no_sync()
             with wait:
-                loss = self._loss(images.to(self.processes.device), labels.to(self.processes.device))
-                if not math.isfinite(loss.item()):
-                    raise RunError(f"the loss is {loss.item()} in step {step + 1}: nothing was saved; lower --lr?")
+                loss = self._loss(*(t.to(self.processes.device, non_blocking=True) for t in (images, labels)))
+                value = loss.item()
+                if not math.isfinite(value):
+                    raise RunError(f"the loss is {value} in step {step + 1}: nothing was saved; lower --lr?")
                 self.scaler.scale(loss / size).backward()
             if closing:
                 self._step()
-            total += loss.item()
+            total += value
             if step % max(steps // 10, 1) == 0:
                 pace = (time.monotonic() - start) / (step + 1)
-                report(f"[{step + 1}/{steps}] loss {loss.item():.4f} {pace:.3f} s/step")
+                report(f"[{step + 1}/{steps}] loss {value:.4f} {pace:.3f} s/step")
         return self.processes.sum(torch.tensor([total / steps], dtype=torch.float64)).item() / self.processes.count
 
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:

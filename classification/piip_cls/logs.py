@@ -56,6 +56,13 @@ class Logs:
         if self.wandb is not None:
             self.wandb.log({"epoch": epoch, **figures})
 
+    def catch_up(self, epoch: int, figures: Mapping[str, Any]) -> None:
+        """Record the figures of an epoch whose checkpoint is there, where the run was killed before its log was."""
+        path = self.folder / "log.txt"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        if self.active and (not lines or json.loads(lines[-1])["epoch"] < epoch):
+            self.epoch(epoch, figures)
+
     def close(self) -> None:
         """Write out what waits."""
         if self.board is not None:

@@ -74,8 +74,8 @@ def run(args: argparse.Namespace, config: Any) -> None:
             Run(args, model, train, loader, processes, logs).train()
     finally:
         logs.close()
-        if processes.count > 1:
-            torch.distributed.destroy_process_group()
+    if processes.count > 1:  # not after an error: the others may still wait for this process
+        torch.distributed.destroy_process_group()
 
 
 def seed_epoch(seed: int, epoch: int, rank: int) -> None:
@@ -172,7 +172,9 @@ class Run:
         )
         self.first, self.best = 0, 0.0
         if args.resume:
-            self.first, self.best = checkpoints.resume(args.resume, self.trainer)
+            last, self.best, figures = checkpoints.resume(args.resume, self.trainer)
+            self.first = last + 1
+            logs.catch_up(last, figures)
 
     def train(self) -> None:
         """Train to the last epoch; every epoch ends with a checkpoint."""
@@ -190,8 +192,9 @@ class Run:
             results = self._evaluate(epoch)
             for name, result in results.items():
                 figures |= {f"{'test' if name == 'model' else 'ema'}_{key}": v for key, v in result.figures().items()}
-            self._save(epoch, results)
-            self.logs.epoch(epoch, {**figures, "seconds": time.monotonic() - start})
+            figures["seconds"] = time.monotonic() - start
+            self._save(epoch, results, figures)
+            self.logs.epoch(epoch, figures)
         if self.processes.first:
             self._export()
 
@@ -209,7 +212,7 @@ class Run:
             self.logs.say(f"epoch {epoch} {'' if name == 'model' else 'moving average: '}{results[name]}")
         return results
 
-    def _save(self, epoch: int, results: dict[str, Result]) -> None:
+    def _save(self, epoch: int, results: dict[str, Result], figures: dict[str, float]) -> None:
         better = bool(results) and results["model"].top1 > self.best
         if better:
             self.best = results["model"].top1
@@ -218,8 +221,8 @@ class Run:
         if results:
             write_results(self.folder / "evaluation.json", results, epoch=epoch, classes=self.classes)
         if better:
-            checkpoints.save(self.folder / "best_checkpoint.pth", self.trainer, epoch, self.best)
-        checkpoints.save(self.folder / "checkpoint.pth", self.trainer, epoch, self.best)
+            checkpoints.save(self.folder / "best_checkpoint.pth", self.trainer, epoch, self.best, figures)
+        checkpoints.save(self.folder / "checkpoint.pth", self.trainer, epoch, self.best, figures)
 
     def _export(self) -> None:
         checkpoints.export(self.folder / "model.safetensors", bare(self.trainer.model), self.args, self.classes)

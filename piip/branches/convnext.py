@@ -7,8 +7,10 @@ from timm.models.convnext import ConvNeXt, ConvNeXtStage
 from torch import Tensor
 
 from piip.branches.base import Branch, register_branch
-from piip.errors import SpecError
+from piip.errors import SpecError, unknown
 from piip.tokens import Tokens, map_to_tokens
+
+STEMS = ("patch", "overlap", "overlap_act")
 
 
 class ConvNeXtBranch(Branch):
@@ -20,24 +22,35 @@ class ConvNeXtBranch(Branch):
     Args:
         depths: Blocks of each stage, without the down-sampling layers.
         widths: Channels of each stage.
+        stem: A stem type of timm's: `patch` embeds cells of 4 x 4 pixels (the released models); `overlap` and
+            `overlap_act` take two 3 x 3 convolutions, the latter with an activation between them.
         layer_scale: Initial value of the layer scale.
         drop_path: Drop path rate of the last block; it rises linearly from 0 over all blocks.
 
     Raises:
-        SpecError: `depths` and `widths` are not those of four stages.
+        SpecError: `depths` and `widths` are not those of four stages, or the stem is unknown.
     """
 
     family = "convnext"
 
     def __init__(
-        self, depths: Sequence[int], widths: Sequence[int], *, layer_scale: float = 1e-6, drop_path: float = 0.0
+        self,
+        depths: Sequence[int],
+        widths: Sequence[int],
+        *,
+        stem: str = "patch",
+        layer_scale: float = 1e-6,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         if len(depths) != 4 or len(widths) != 4:
             raise SpecError(f"ConvNeXt has 4 stages, got depths {tuple(depths)} and widths {tuple(widths)}")
+        if stem not in STEMS:
+            raise SpecError(unknown("stem", stem, STEMS))
         network = ConvNeXt(
             depths=tuple(depths),
             dims=tuple(widths),
+            stem_type=stem,
             ls_init_value=layer_scale,
             drop_path_rate=drop_path,
             num_classes=0,
@@ -51,6 +64,9 @@ class ConvNeXtBranch(Branch):
 
     def embed(self, images: Tensor) -> Tokens:
         """Embed images `(B, 3, H, W)` at stride 4; a remainder that fills no cell is dropped."""
+        # Overlapping stems would pad it instead.
+        height, width = (side - side % 4 for side in images.shape[-2:])
+        images = images[..., :height, :width]
         return _to_tokens(self.stem(images))
 
     def run(self, tokens: Tokens, start: int, stop: int) -> Tokens:

@@ -27,6 +27,7 @@ VARIANTS = [
     ("vit", {"window": 3, "window_pad": "after_qkv"}),
     ("vit", {"class_token": True, "pos_prefix": 1}),
     ("vit", {"class_token": True, "act": "quick_gelu", "qk_norm": True}),
+    ("convnext", {"stem": "overlap_act"}),
     ("deit_tiny", {"window": 2, "global_every": 2, "act": "gelu_tanh"}),
 ]
 TYPES = [pytest.param(name, {}, id=name) for name in list_branches()]
@@ -249,6 +250,8 @@ def test_unknown_type_and_missing_option():
     assert all(name in str(error.value) for name in list_branches())
     with pytest.raises(SpecError, match=r"'convnext' needs the option.s. depths, widths"):
         create_branch("convnext")
+    with pytest.raises(SpecError, match=r"unknown stem 'conv'.*patch, overlap, overlap_act"):
+        create_branch("convnext", **SMALL["convnext"], stem="conv")
     with pytest.raises(ValueError, match="called 'vit' exists already"):
         register_branch("vit")
 
