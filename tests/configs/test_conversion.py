@@ -61,11 +61,7 @@ KINDS = {
     "mask_rcnn_deit_tsb_1120_896_448_fpn_1x_coco_bs16",
     "mask_rcnn_deit_tsbl_1344_896_672_448_fpn_1x_coco_bs16__as_built",
     "mask_rcnn_beit_sbl_1568_1120_672_fpn_1x_coco_bs16",
-    "mask_rcnn_uniperceiver_sbl_1568_1120_672_fpn_1x_coco_bs16",
     "mask_rcnn_convnext-tsb_1024_672_448_regular-fpn",
-    "mask_rcnn_deit_vit_b_fpn_1x_coco_bs16",
-    "dino_4scale_deit_384_sbl_1792_1120_672_fpn_3x_coco_bs32_ms",
-    "upernet_internvit_h6b_512_512_80k_ade20k_bs16_lr4e-5",
     "piip_3branch_tsb_368-192-128_cls_token_deit1",
     "piip-llava_clip-bl_512-256_7B",
 }

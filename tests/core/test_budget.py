@@ -238,6 +238,7 @@ def test_the_tool_names_the_nearest_rows(get_flops):
         get_flops.main(["deit3-sbl"])
 
 
+@pytest.mark.slow
 def test_llava_15_leaves_its_last_block_unread():
     (row, _) = [row for row in ROWS if row.spec == "clip-l-336"]
     table, run = (

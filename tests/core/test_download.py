@@ -211,6 +211,7 @@ def test_pretrained_takes_a_row_or_a_path(tmp_path, monkeypatch):
     assert asked == [(PUBLISHED["ct-cs-cb-1024-672-448"].name, tmp_path / "home" / "hub" / "piip")]
 
 
+@pytest.mark.slow
 def test_a_published_row_brings_its_levels():
     with torch.device("meta"):
         dino, mixed = (create_model(name) for name in ("deit3-384-sbl-1792-1120-672", "ct-cs-cb-1024-672-448"))
