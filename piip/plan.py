@@ -51,8 +51,12 @@ def vit_macs(branch: ViTBranch, image: Grid) -> int:
 
 def convnext_macs(branch: ConvNeXtBranch, image: Grid) -> int:
     """Multiply-adds of a ConvNeXt branch on an image of `(height, width)` pixels."""
-    height, width = (side // 4 for side in image)
-    total = _weights(branch.stem) * height * width
+    height, width = (side - side % 4 for side in image)
+    total = 0
+    for layer in branch.stem.modules():
+        if isinstance(layer, nn.Conv2d):
+            height, width = height // layer.stride[0], width // layer.stride[1]
+            total += _weights(layer) * height * width
     for stage in cast(Iterable[Any], branch.stages):
         if not isinstance(stage.downsample, nn.Identity):
             height, width = height // 2, width // 2

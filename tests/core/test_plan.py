@@ -30,6 +30,7 @@ def by_part(costs) -> dict[str, int]:
     [
         ({}, {}),
         ({"attention": "regular"}, {"scales": (2, 1)}),
+        ({"branches": [LOW, {**HIGH, "options": {**CONVNEXT, "stem": "overlap"}}]}, {}),
         ({"proj": False, "norm": False, "ffn_ratio": 0}, {"taps": [0, 1]}),
         ({"branches": [{**LOW, "options": {**VIT, "class_token": True}, "window": None, "global_every": 0}, HIGH]}, {}),
         ({"branches": [{**LOW, "options": {**VIT, "window_pad": "after_qkv"}}], "interactions": 0}, {}),
