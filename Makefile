@@ -66,7 +66,7 @@ $(STAMP): setup.py $(CONSTRAINTS) $(OPENCV)/pyproject.toml Makefile $(addsuffix 
 demo: setup ## train, evaluate and draw with a small three-branch detector on real images (CPU, about 10 minutes)
 	$(BIN)/python tools/demo.py $(DEMO_ARGS)
 
-demo-cls: setup ## train and evaluate a small three-branch classifier on real images (CPU, within 5 minutes)
+demo-cls: setup ## train and evaluate a small three-branch classifier on real images (CPU, some minutes)
 	$(BIN)/python tools/demo_cls.py $(DEMO_ARGS)
 
 demo-llava: setup ## train a tiny PIIP-LLaVA in both stages and ask it about held-out images (CPU, about 10 minutes)
