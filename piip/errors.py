@@ -19,8 +19,8 @@ class RunError(RuntimeError):
     """Whether every process of the run meets it, so that the first one reports it for all."""
 
 
-class BrokenImageError(RunError):
-    """An image file cannot be read; the message names it."""
+class FileError(RunError):
+    """A file of the data is not usable; the message names it."""
 
     common = False
 
@@ -28,6 +28,14 @@ class BrokenImageError(RunError):
         # torch hands an error of a data-loading process on as a whole traceback, which ends in the message.
         own = message.rstrip().rpartition(f"{type(self).__module__}.{type(self).__qualname__}: ")[2]
         super().__init__(own)
+
+
+class BrokenImageError(FileError):
+    """An image file cannot be read."""
+
+
+class BrokenLabelError(FileError):
+    """A label map cannot be read, does not fit its image, or holds what is no class."""
 
 
 class DownloadError(RunError):

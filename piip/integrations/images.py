@@ -23,8 +23,9 @@ from piip.errors import BrokenImageError, RunError, unknown
 CHOICES = ("stop", "skip")
 """Of `on_broken_image`."""
 
-# What the readers and decoders raise at a file that is missing or is no image; mmcv asserts that there is one.
-_UNREADABLE = (AssertionError, OSError, SyntaxError, ValueError, cv2.error)
+UNREADABLE = (AssertionError, OSError, SyntaxError, ValueError, cv2.error)
+"""What readers and decoders raise at a file that is missing or is no image; mmcv asserts that there is one."""
+
 _MOST_IN_A_ROW = 100  # this many unreadable images are no accident, but a wrong folder
 
 
@@ -40,7 +41,7 @@ def read_image(path: str | Path) -> np.ndarray:
     """
     try:
         image = mmcv.imfrombytes(Path(path).read_bytes(), channel_order="rgb")
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise BrokenImageError(_problem(path)) from error
     if image is None:
         raise BrokenImageError(_problem(path))
@@ -71,7 +72,7 @@ class CheckedImageLoader(LoadImageFromFile):
         """
         try:
             loaded = super().transform(results)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             self._report(results["img_path"], error)
             return None
         self._in_a_row = 0
@@ -108,15 +109,26 @@ def check_images(loader: Any, on_broken: str = "stop", record: str | None = None
     """
     if on_broken not in CHOICES:
         raise RunError(unknown("on_broken_image", on_broken, CHOICES))
+    return replace_transforms(
+        loader, {"LoadImageFromFile": {"type": CheckedImageLoader, "on_broken": on_broken, "record": record}}
+    )
+
+
+def replace_transforms(loader: Any, changes: Mapping[str, Mapping[str, Any]]) -> Any:
+    """Return a config in which transforms of some types have other options.
+
+    Args:
+        loader: Config of a data loader, or of a part of it; a built one, or None, stays as it is.
+        changes: By the name of a type, in whichever scope: options to set, with the new type among them.
+    """
     if isinstance(loader, Mapping):
-        entries = {key: check_images(value, on_broken, record) for key, value in loader.items()}
+        entries = {key: replace_transforms(value, changes) for key, value in loader.items()}
         kind = entries.get("type")
         name = kind if isinstance(kind, str) else getattr(kind, "__name__", "")
-        if name.rpartition(".")[2] == "LoadImageFromFile":
-            entries.update(type=CheckedImageLoader, on_broken=on_broken, record=record)
+        entries.update(changes.get(name.rpartition(".")[2], {}))
         return type(loader)(entries)  # type: ignore[call-arg]  # a dict, or mmengine's ConfigDict
     if isinstance(loader, (list, tuple)):
-        return type(loader)(check_images(value, on_broken, record) for value in loader)
+        return type(loader)(replace_transforms(value, changes) for value in loader)
     return loader
 
 

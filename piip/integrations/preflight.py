@@ -26,6 +26,8 @@ RUN_FILE = "run.json"
 _IDENTITY = ("model", "optim_wrapper", "train_dataloader", "randomness")
 _FREE = {"num_workers", "persistent_workers", "prefetch_factor", "pin_memory", "data_root", "ann_file", "data_prefix"}
 
+_HEADS = ("bbox_head", "mask_head", "decode_head", "auxiliary_head")
+
 _PARSED_BYTES = 4 << 20  # An annotation file above this size is not empty.
 _CATEGORIES_BYTES = 4 << 20  # More than any list of categories takes; LVIS, with descriptions, needs 0.4 MB.
 
@@ -133,7 +135,7 @@ def _read_categories(path: Path, name: str) -> tuple[_Categories | None, set[int
         raise RunError(f"{name}: annotation file {path} is not in COCO's format: {error!r} not found") from error
 
 
-def _shown(names: Sequence[object]) -> str:
+def shown(names: Sequence[object]) -> str:
     """Return a list of class names for a message, cut where it is long."""
     if len(names) <= 12:
         return repr(tuple(names))
@@ -148,37 +150,37 @@ def _check_dataset(name: str, path: Path, classes: Sequence[str], subset: bool) 
     if unlisted := sorted(used - {number for number, _ in categories}):
         raise RunError(
             f"{name}.ann_file: annotations in {path} have category ids that its categories do not list: "
-            f"{_shown(unlisted)} (listed: {_shown([number for number, _ in categories])}); add them to the file's "
+            f"{shown(unlisted)} (listed: {shown([number for number, _ in categories])}); add them to the file's "
             "categories, or remove these annotations"
         )
     there = [category for _, category in categories if not subset or category in classes]
     if there == list(classes):
         return
     extra, missing = [n for n in there if n not in classes], [n for n in classes if n not in there]
-    difference = [f"only in the file: {_shown(extra)}"] * bool(extra) + [f"missing there: {_shown(missing)}"] * bool(
+    difference = [f"only in the file: {shown(extra)}"] * bool(extra) + [f"missing there: {shown(missing)}"] * bool(
         missing
     )
     leave_out = "" if missing else " (or metainfo.subset=True, to leave the others out)" if extra else ""
     raise RunError(
-        f"{name}: the categories of {path} are {_shown(there)}, but metainfo.classes is {_shown(classes)} "
+        f"{name}: the categories of {path} are {shown(there)}, but metainfo.classes is {shown(classes)} "
         f"({'; '.join(difference) or 'the order differs'}); set metainfo=dict(classes=...) to the file's names in the "
         f"file's order{leave_out}, in every dataset of the config, and num_classes={len(there)} in the model's heads"
     )
 
 
-def _heads(model: Any, name: str = "model") -> Iterator[tuple[str, int]]:
-    """Yield the dotted names and numbers of classes of the heads that classify boxes or predict their masks."""
+def heads(model: Any, name: str = "model") -> Iterator[tuple[str, int]]:
+    """Yield the dotted names and numbers of classes of the heads that classify boxes, masks or pixels."""
     if isinstance(model, Mapping):
         for key, value in model.items():
             for i, head in enumerate(value if isinstance(value, Sequence) else [value]):
                 here = f"{name}.{key}.{i}" if isinstance(value, Sequence) else f"{name}.{key}"
-                if key in ("bbox_head", "mask_head") and isinstance(head, Mapping) and "num_classes" in head:
+                if key in _HEADS and isinstance(head, Mapping) and "num_classes" in head:
                     yield f"{here}.num_classes", head["num_classes"]
-                yield from _heads(head, here)
+                yield from heads(head, here)
 
 
 def check_heads(model: Mapping[str, Any], classes: Sequence[str], name: str) -> None:
-    """Check that the heads of a detector's config tell apart as many classes as there are.
+    """Check that the heads of a model's config tell apart as many classes as there are.
 
     Args:
         model: The config's `model`.
@@ -188,21 +190,22 @@ def check_heads(model: Mapping[str, Any], classes: Sequence[str], name: str) -> 
     Raises:
         RunError: The numbers differ; the message says how to set them.
     """
-    heads = dict(_heads(model))
-    if any(number != len(classes) for number in heads.values()):
-        there = ", ".join(f"{head}={number}" for head, number in heads.items())
-        needed = " ".join(f"{head}={len(classes)}" for head in heads)
+    numbers = dict(heads(model))
+    if any(number != len(classes) for number in numbers.values()):
+        there = ", ".join(f"{head}={number}" for head, number in numbers.items())
+        needed = " ".join(f"{head}={len(classes)}" for head in numbers)
         raise RunError(
             f"the model's heads and the data do not match: {there}, but {name} has {len(classes)} classes "
-            f"{_shown(classes)}; set --cfg-options {needed}"
+            f"{shown(classes)}; set --cfg-options {needed}"
         )
 
 
 def check_classes(cfg: Config, loaders: Sequence[str]) -> None:
-    """Check that the classes of COCO-style datasets are those of their annotation files and of the model's heads.
+    """Check that the classes of the data are those of their files and of the model's heads.
 
-    Without this, annotations of other names are left out in silence, and AP is 0. Files that are remote or not JSON are
-    not checked, nor are datasets that read theirs otherwise than CocoDataset.
+    Without this, COCO annotations of other names are left out in silence, and AP is 0. Files that are remote or not
+    JSON are not checked, nor are datasets that read theirs otherwise than CocoDataset. For segmentation, see
+    `piip.integrations.labels.check_segmentation`.
 
     Args:
         cfg: The run's config, its data checked by :func:`check_data`.
@@ -211,6 +214,10 @@ def check_classes(cfg: Config, loaders: Sequence[str]) -> None:
     Raises:
         RunError: Names, their order or their number differ, or annotations use a category that the file does not list.
     """
+    if cfg.get("default_scope") == "mmseg":
+        from piip.integrations.labels import check_segmentation
+
+        check_segmentation(cfg, loaders)
     if cfg.get("default_scope") != "mmdet":
         return
     mmcv_ops.install()

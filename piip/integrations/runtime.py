@@ -11,6 +11,8 @@ losses              may be NaN, and the weights that are saved          stop the
 (`finite.py`)                                                           anything is saved
 images              one that cannot be read ends in a traceback         it is named; skipped and counted if the config
 (`images.py`)                                                           says `on_broken_image = "skip"`
+label maps          with values beyond the classes they crash the       are named, with the value
+(`labels.py`)       loss, and drop out of the metric unnoticed
 several processes   needs CUDA                                          gloo where there is no CUDA device
 mixed precision     needs CUDA, scales the loss                         bfloat16 autocast on any device, as the released
                                                                         models were trained
@@ -129,7 +131,12 @@ class PIIPRunner(Runner):
         choices = {"train": {"on_broken": self.cfg.get("on_broken_image", "stop"), "record": skipped}}
         for name in ("train", "val", "test"):
             loader = f"_{name}_dataloader"  # a config until it is first needed
-            setattr(self, loader, check_images(getattr(self, loader), **choices.get(name, {})))
+            config = check_images(getattr(self, loader), **choices.get(name, {}))
+            if self.cfg.get("default_scope") == "mmseg":
+                from piip.integrations.labels import check_labels
+
+                config = check_labels(config, self.cfg.model)
+            setattr(self, loader, config)
         self.register_hook(SkippedImagesHook(skipped))
 
     def setup_env(self, env_cfg: dict[str, Any]) -> None:
