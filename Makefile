@@ -32,7 +32,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 
 
 DEMO_ARGS ?=
 
-.PHONY: help setup demo demo-cls demo-llava test test-all lint format tables clean
+.PHONY: help setup demo demo-seg demo-cls demo-llava test test-all lint format tables clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,6 +65,9 @@ $(STAMP): setup.py $(CONSTRAINTS) $(OPENCV)/pyproject.toml Makefile $(addsuffix 
 
 demo: setup ## train, evaluate and draw with a small three-branch detector on real images (CPU, about 10 minutes)
 	$(BIN)/python tools/demo.py $(DEMO_ARGS)
+
+demo-seg: setup ## the same with a small segmentor (CPU, about 10 minutes)
+	$(BIN)/python tools/demo.py --task segmentation $(DEMO_ARGS)
 
 demo-cls: setup ## train and evaluate a small three-branch classifier on real images (CPU, some minutes)
 	$(BIN)/python tools/demo_cls.py $(DEMO_ARGS)

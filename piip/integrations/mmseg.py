@@ -53,9 +53,10 @@ class PIIPEncoderDecoder(EncoderDecoder):
         window = tuple(self.test_cfg.crop_size)
         size = tuple(inputs.shape[-2:])
         if size[0] < window[0] or size[1] < window[1]:
+            image = batch_img_metas[0].get("img_path") or "the image"
             raise RunError(
-                f"{batch_img_metas[0].get('img_path', 'an image')} has {_size(size)} pixels (height x width) when it "
-                f"reaches the model, less than the slide window of {_size(window)}; let the test pipeline enlarge it "
+                f"{image} has {_size(size)} pixels (height x width) when it reaches the model, less than "
+                f"the slide window of {_size(window)}; let the test pipeline enlarge it "
                 f"(ResizeShortestEdge with scale={max(window)}), or set a smaller window with --cfg-options "
                 "model.test_cfg.crop_size=[HEIGHT,WIDTH], or model.test_cfg.mode=whole"
             )

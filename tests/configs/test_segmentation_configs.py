@@ -32,6 +32,7 @@ from published import (
     step,
 )
 
+from piip.budget import published
 from piip.integrations.config import read_config
 from piip.zoo.specs import resolve_spec
 
@@ -42,7 +43,7 @@ CONFIGS = {
     if path.parent.name not in ("mini", "mask2former")  # ours: no published row
 }
 RELEASED = [name for name in CONFIGS if "internvit" in name]
-PAPER = [name for name in CONFIGS if "deit" in name]
+PAPER = [name for name in CONFIGS if "internvit" not in name]
 FULL, LAYER_DECAY = (
     [name for name in RELEASED if (REFERENCE / folder / f"{name}.json.gz").exists()]
     for folder in ("full_manifests", "layer_decay")
@@ -73,8 +74,8 @@ def test_every_config_of_the_original_and_of_the_paper_is_there():
     assert set(RELEASED) == {name for name in recipes() if name.startswith("upernet")}
     assert len(RELEASED) == 5
     assert {load(name).model.backbone.spec for name in PAPER} == {
-        "deit3-b-640",
-        "deit3-l-640",
+        "augreg-b-640",
+        "augreg-l-640",
         "deit3-tsb-896-448-336",
         "deit3-sbl-1120-448-336",
     }
@@ -237,20 +238,38 @@ def test_learning_rate_at_every_iteration(name):
 
 @paper_config
 def test_rows_of_the_paper_as_we_read_them(name):
-    """Branches, windows and drop path as in detection; the crop is the second branch's image."""
+    """Branches and drop path as in detection; the crop is the second branch's image."""
     spec, config = resolve_spec(load(name).model.backbone.spec), load(name)
     crop = config.model.test_cfg.crop_size
     assert crop == config.model.data_preprocessor.size == config.train_dataloader.dataset.pipeline[3].crop_size
     assert crop == (segmentor(name).backbone.pyramid.input_resolution,) * 2
     assert config.train_dataloader.dataset.pipeline[2].scale == (4 * crop[0], crop[0])
-    detection = {1: "deit3-{}-1024", 3: "deit3-{}-1568-1120-672"}[len(spec.branches)]
-    theirs = resolve_spec(detection.format(config.model.backbone.spec.split("-")[1]))
-    for ours, other in zip(spec.branches, theirs.branches, strict=True):
-        for key in ("arch", "weights", "window", "global_every", "drop_path", "options"):
+    family, letters = config.model.backbone.spec.split("-")[:2]
+    single = len(spec.branches) == 1
+    theirs = resolve_spec("augreg-sbl-1568-1120-672" if single else f"{family}-{letters}-1568-1120-672").branches
+    for ours, other in zip(spec.branches, theirs["lb".index(letters) :] if single else theirs, strict=False):
+        for key in ("arch", "weights", "drop_path", "options"):
             assert getattr(ours, key) == getattr(other, key)
-    if len(spec.branches) == 3:
+    if single:
+        assert (spec.branches[0].window, spec.branches[0].global_every) == (14, 3)
+    else:
         assert crop[0] == spec.branches[1].resolution
+        assert [branch.window for branch in spec.branches] == [None, 28, 28]
         assert segmentor(name).backbone.pyramid.output_branch == 2
+
+
+@pytest.mark.parametrize(
+    ("spec", "flops"),
+    [
+        ("augreg-b-640", 159),
+        ("augreg-l-640", 545),
+        ("deit3-tsb-896-448-336", 118),
+        ("deit3-sbl-1120-448-336", 456),
+    ],
+)
+def test_rows_of_the_paper_cost_what_it_says(spec, flops):
+    """What the reading of windows and pretraining rests on: other windows or branches give other costs."""
+    assert round(published(spec, "classification")["total"].macs / 1e9) == flops
 
 
 @pytest.mark.parametrize("name", [RELEASED[0], *PAPER[:2]])

@@ -71,9 +71,11 @@ def losses(tmp_path: Path) -> Callable[..., dict[int, dict[str, Any]]]:
 
 @pytest.fixture(scope="session")
 def mini_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight training and two held-out images of mini data, to read only; `$PIIP_DATA` is the folder's parent."""
+    """Eight training and two held-out images in COCO's and ADE20K's layout, to read only; `$PIIP_DATA` is the folder's
+    parent.
+    """
     spec = importlib.util.spec_from_file_location("make_mini_data", ROOT / "tools" / "make_mini_data.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    return module.make_mini_data(tmp_path_factory.mktemp("data") / "mini", train=8, val=2)
+    return module.make_mini_data(tmp_path_factory.mktemp("data") / "mini", ("coco", "ade"), train=8, val=2)

@@ -7,10 +7,15 @@ model = dict(
     auxiliary_head=dict(channels=64, dropout_ratio=0.0, num_classes=11),
     test_cfg=dict(_delete_=True, mode="whole"),
 )
+train_dataloader = _base_.mini_train_dataloader
+val_dataloader = _base_.mini_val_dataloader
+test_dataloader = val_dataloader
+val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
+test_evaluator = val_evaluator
 optim_wrapper = dict(optimizer=dict(lr=1e-3), paramwise_cfg=dict(layer_decay_rate=1.0), clip_grad=dict(max_norm=5.0))
-train_cfg = dict(max_iters=450, val_interval=450)
+train_cfg = dict(max_iters=300, val_interval=300)
 param_scheduler = [
-    dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=50),
-    dict(type="PolyLR", power=1.0, eta_min=0.0, by_epoch=False, begin=0, end=450),
+    dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=30),
+    dict(type="PolyLR", power=1.0, eta_min=0.0, by_epoch=False, begin=0, end=300),
 ]
 default_hooks = dict(checkpoint=dict(interval=75), logger=dict(interval=25))

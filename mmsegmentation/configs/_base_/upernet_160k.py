@@ -1,4 +1,4 @@
-"""UperNet on DeiT III, 160k iterations: rows of the paper whose configs and weights were never released.
+"""UperNet, 160k iterations: rows of the paper whose configs and weights were never released.
 
 What the paper leaves open is our reading: heads as wide as mmsegmentation's for networks of this size; crops as large
 as the second branch's image, which the first branch enlarges; images scaled in proportion to the crop, as

@@ -1,6 +1,6 @@
-"""UperNet on a single DeiT III, 160k iterations, crops of 640 pixels."""
+"""UperNet on a single ViT, 160k iterations, crops of 640 pixels."""
 
-_base_ = ["./upernet_deit_160k.py"]
+_base_ = ["./upernet_160k.py"]
 crop_size = (640, 640)
 model = dict(data_preprocessor=dict(size=crop_size), test_cfg=dict(crop_size=crop_size, stride=(426, 426)))
 train_pipeline = _base_.train_pipeline
