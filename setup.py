@@ -18,7 +18,8 @@ MM_CORE = ["onedl-mmengine>=0.10.12", "onedl-mmcv>=2.3.6", "torchvision"]
 
 EXTRAS = {
     "det": [*MM_CORE, "onedl-mmdetection>=3.5.1", "pycocotools>=2.0.8"],
-    "seg": [*MM_CORE, "onedl-mmsegmentation>=1.4.2"],
+    # mmdetection: Mask2Former's parts, which mmsegmentation takes from there
+    "seg": [*MM_CORE, "onedl-mmsegmentation>=1.4.2", "onedl-mmdetection>=3.5.1", "pycocotools>=2.0.8"],
     "cls": ["torchvision", "matplotlib>=3.8", "tensorboard>=2.19"],
     "llava": [
         "transformers>=4.57",

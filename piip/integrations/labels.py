@@ -216,7 +216,7 @@ def _check_ignored(cfg: Config, loader: str, dataset: Mapping[str, Any], name: s
 def _read_some(cfg: Config, dataset: Mapping[str, Any], name: str) -> None:
     if any("://" in str(path) for path in (dataset.get("data_root"), *(dataset.get("data_prefix") or {}).values())):
         return  # a store: read when it is needed
-    built = DATASETS.build({**dataset, "pipeline": []})
+    built = DATASETS.build({**dataset, "pipeline": [], "serialize_data": False})
     if len(built) == 0:
         raise RunError(
             f"{name}: there is no image whose name ends in {built.img_suffix} in {built.data_prefix['img_path']}; "

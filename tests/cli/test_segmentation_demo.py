@@ -107,7 +107,9 @@ def test_segmentations_are_those_of_mmseg(checkpoint, tmp_path):
 
     from piip.integrations.config import read_config
 
-    model = init_model(read_config(CONFIG), str(checkpoint), device="cpu")
+    cfg = read_config(CONFIG)
+    cfg.test_pipeline = cfg.test_dataloader.dataset.pipeline
+    model = init_model(cfg, str(checkpoint), device="cpu")
     expected = inference_model(model, str(tmp_path / "turned.jpg")).pred_sem_seg.data[0].numpy()
     assert len(np.unique(expected)) > 1
     np.testing.assert_array_equal(found.labels, expected)
