@@ -134,18 +134,18 @@ def check_segmentation(cfg: Config, loaders: Sequence[str]) -> None:
     """
     for loader in loaders:
         for name, dataset in inner_datasets(cfg[loader]["dataset"], f"{loader}.dataset") if cfg.get(loader) else ():
-            classes = class_names(dataset, name)
+            classes = _classes(dataset, name)
             check_heads(cfg.model, classes, name)
             _check_ignored(cfg, loader, dataset, name, classes)
             _read_some(cfg, dataset, name)
     _check_windows(cfg.model.get("test_cfg") or {})
 
 
-def metainfo(dataset: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return the `classes` and the `palette`, if there is one, of the config of a data set.
+def _classes(dataset: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    """Return the names of a data set's classes.
 
     Args:
-        dataset: The config.
+        dataset: Its config.
         name: Its dotted name, for messages.
 
     Raises:
@@ -175,12 +175,7 @@ def metainfo(dataset: Mapping[str, Any], name: str) -> dict[str, Any]:
                     f"{name}: metainfo.palette has {tuple(colour)!r} for the class {label!r}, which is no colour: give "
                     "red, green and blue, each from 0 to 255"
                 )
-    return {"classes": tuple(classes), "palette": palette}
-
-
-def class_names(dataset: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    """Return the names of the classes of a data set's config, see :func:`metainfo`."""
-    return metainfo(dataset, name)["classes"]
+    return tuple(classes)
 
 
 def _ignored(cfg: Config, loader: str, dataset: Mapping[str, Any], name: str) -> Iterator[tuple[str, int]]:

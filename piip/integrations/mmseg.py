@@ -4,6 +4,10 @@ Configs import this module, which brings `piip.integrations.mmengine` along:
 `custom_imports = dict(imports=["piip.integrations.mmseg"])`.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
 import piip.integrations.mmengine  # noqa: F401  (stands in for mmcv's compiled ops, so it comes before mmseg)
 
 # isort: split
@@ -26,13 +30,13 @@ class PIIPEncoderDecoder(EncoderDecoder):
     def extract_feat(self, inputs: Tensor) -> list[Tensor]:
         """Return the maps of the backbone and the neck, in float32."""
         maps = [level.float() for level in self.backbone(inputs)]
-        with no_autocast(inputs):
+        with self._precision(inputs):
             return self.neck(maps) if self.with_neck else maps
 
     def loss(self, inputs: Tensor, data_samples: list) -> dict[str, Tensor]:
         """Return the losses of the heads, computed in float32."""
         maps = self.extract_feat(inputs)
-        with no_autocast(inputs):
+        with self._precision(inputs):
             losses = self._decode_head_forward_train(maps, data_samples)
             if self.with_auxiliary_head:
                 losses.update(self._auxiliary_head_forward_train(maps, data_samples))
@@ -41,8 +45,13 @@ class PIIPEncoderDecoder(EncoderDecoder):
     def encode_decode(self, inputs: Tensor, batch_img_metas: list[dict]) -> Tensor:
         """Return the logits `(B, classes, H, W)`, computed by the head in float32."""
         maps = self.extract_feat(inputs)
-        with no_autocast(inputs):
+        with self._precision(inputs):
             return self.decode_head.predict(maps, batch_img_metas, self.test_cfg)
+
+    def _precision(self, inputs: Tensor) -> AbstractContextManager:
+        # DeepSpeed's bfloat16 holds the heads' weights in bfloat16 too: there they stay in the region that casts.
+        whole = next(self.decode_head.parameters()).dtype == torch.float32
+        return no_autocast(inputs) if whole else nullcontext()
 
     def slide_inference(self, inputs: Tensor, batch_img_metas: list[dict]) -> Tensor:
         """Return the logits `(B, classes, H, W)`, averaged where windows overlap.
