@@ -133,6 +133,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "work_dirs/demo-llava")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--images", type=int, default=DATA["train"], help="training images")
+    parser.add_argument("--epochs", type=int, default=6, help="passes of the second stage")
     parser.add_argument("--fresh", action="store_true", help="forget an earlier run in the folder")
     args = parser.parse_args()
     out = args.out.resolve()
@@ -145,7 +147,9 @@ def main() -> None:
         minutes[name] = round((time.monotonic() - start) / 60 - sum(minutes.values()), 2)
 
     print("==> mini data: handwritten digits on photographs, with questions", flush=True)
-    data = make_mini_data(out / "data", ("llava", "imagefolder"), seed=args.seed, **DATA, **CROPS)
+    data = make_mini_data(
+        out / "data", ("llava", "imagefolder"), seed=args.seed, **{**DATA, **CROPS, "train": args.images}
+    )
     lap("data")
     if not (out / "pretrained/small.safetensors").is_file():
         print("==> pretrain the tower's branches by classification", flush=True)
@@ -202,7 +206,7 @@ def main() -> None:
             "group_by_modality_length": True,
             "pretrain_mm_mlp_adapter": out / "pretrain/mm_projector.bin",
             "learning_rate": 1e-3,
-            "num_train_epochs": 6,
+            "num_train_epochs": args.epochs,
             "logging_steps": 100,
         }
         train_stage("stage 2: questions; everything is trained", options, out / "finetune.log")
