@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from piip.attention import SelfAttention, relative_position_index
 from piip.errors import CheckpointError
+from piip.shards import is_shard, read_deepspeed
 
 if TYPE_CHECKING:
     from piip.models import PyramidModel
@@ -91,6 +92,7 @@ FAMILY_RULES = {
         ("blocks.{k}.norm2.*", "clip_model.encoder.layers.{k}.layer_norm2.*"),
         ("blocks.{k}.mlp.*", "clip_model.encoder.layers.{k}.mlp.*"),
     ),
+    "timm": (("network.*", "*"),),
     "convnext": (
         ("stem.0.*", "convnext_model.embeddings.patch_embeddings.*"),
         ("stem.1.*", "convnext_model.embeddings.layernorm.*"),
@@ -336,20 +338,33 @@ def _why_it_differs(model: "PyramidModel", state: Mapping[str, Tensor]) -> str:
     return ""
 
 
+_DEEPSPEED_OBJECTS = (
+    "runtime.fp16.loss_scaler.LossScaler",
+    "runtime.fp16.loss_scaler.DynamicLossScaler",
+    "utils.tensor_fragment.fragment_address",
+)
+
+
 def _safe_types() -> list[Any]:
     """Types that released files hold beside tensors; none of them runs code when it is rebuilt."""
     dtypes = [type(np.dtype(code)) for code in ("f4", "f8", "i4", "i8", "u1", "?")]
     # What rebuilds a scalar. Files written by NumPy 1 name the first module, files written by NumPy 2 the second.
     scalar = np.float64().__reduce__()[0]
     scalars = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
-    return [argparse.Namespace, torch.Size, np.dtype, *scalars, *dtypes]
+    # DeepSpeed's files hold a few small objects, which nothing here reads: a number and bags of attributes take their
+    # place, so that DeepSpeed need not be there.
+    deepspeed = [
+        (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+        *((argparse.Namespace, f"deepspeed.{name}") for name in _DEEPSPEED_OBJECTS),
+    ]
+    return [argparse.Namespace, torch.Size, np.dtype, *scalars, *dtypes, *deepspeed]
 
 
 def read_file(path: str | Path, *, map_location: str = "cpu", extra_types: Iterable[Any] = ()) -> Any:
     """Read a checkpoint file without running any code that it may hold.
 
     Args:
-        path: A `.safetensors`, `.npz` or torch file, or a directory written by DeepSpeed (stages 1 and 2).
+        path: A `.safetensors`, `.npz` or torch file, or a folder written by DeepSpeed (ZeRO-1, 2 or 3).
         map_location: Device of the tensors.
         extra_types: Further harmless types to allow in torch files.
 
@@ -362,7 +377,7 @@ def read_file(path: str | Path, *, map_location: str = "cpu", extra_types: Itera
     """
     path = Path(path)
     if path.is_dir():
-        path = _deepspeed_file(path)
+        return read_deepspeed(path, lambda file: read_file(file, map_location=map_location, extra_types=extra_types))
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint at {path}")
     try:
@@ -391,16 +406,17 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _deepspeed_file(directory: Path) -> Path:
-    file = directory / "mp_rank_00_model_states.pt"
-    if not file.is_file() and any(directory.glob("zero_pp_rank_*_model_states.pt")):
+def refuse_shard(path: str | Path) -> None:
+    """Refuse one process's file of a DeepSpeed folder where whole weights are wanted.
+
+    Raises:
+        CheckpointError: It is one; the message names the folder.
+    """
+    if is_shard(Path(path)):
         raise CheckpointError(
-            f"{directory} holds ZeRO-3 shards, no shard has a whole tensor: gather them first with DeepSpeed's "
-            "zero_to_fp32.py"
+            f"{path} holds one process's shards of a DeepSpeed checkpoint and no whole weights: give the folder it is "
+            f"in ({Path(path).parent}), whose shards are put together when it is read"
         )
-    if not file.is_file():
-        raise CheckpointError(f"{directory} is a directory without {file.name}: give a checkpoint file")
-    return file
 
 
 def read_state_dict(path: str | Path, *, map_location: str = "cpu") -> State:
@@ -409,6 +425,7 @@ def read_state_dict(path: str | Path, *, map_location: str = "cpu") -> State:
     Raises:
         CheckpointError: See `read_file`; or the file holds no tensors by name.
     """
+    refuse_shard(path)
     state = read_file(path, map_location=map_location)
     for key in ("state_dict", "model", "module"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):

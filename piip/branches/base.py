@@ -86,14 +86,18 @@ def create_branch(name: str, **options: Any) -> Branch:
     """Build a branch by the name of its type.
 
     Args:
-        name: A name from `list_branches`.
+        name: A name from `list_branches`, or timm's name of a ViT or ConvNeXt, see `piip.branches.timm`.
         **options: Options of the type's factory, over the defaults that the name stands for.
 
     Raises:
         SpecError: Unknown name, or an option that the type does not have, or lacks.
     """
     if name not in _FACTORIES:
-        raise SpecError(unknown("branch type", name, list_branches()))
+        from piip.branches.timm import is_timm_model, timm_branch
+
+        if not is_timm_model(name):
+            raise SpecError(f"{unknown('branch type', name, list_branches())}; or any ViT or ConvNeXt by timm's name")
+        return timm_branch(name, **options)
     factory, defaults = _FACTORIES[name]
     options = {**defaults, **options}
     parameters = inspect.signature(factory).parameters

@@ -47,25 +47,39 @@ class ConvNeXtBranch(Branch):
             raise SpecError(f"ConvNeXt has 4 stages, got depths {tuple(depths)} and widths {tuple(widths)}")
         if stem not in STEMS:
             raise SpecError(unknown("stem", stem, STEMS))
-        network = ConvNeXt(
-            depths=tuple(depths),
-            dims=tuple(widths),
-            stem_type=stem,
-            ls_init_value=layer_scale,
-            drop_path_rate=drop_path,
-            num_classes=0,
+        self._take(
+            ConvNeXt(
+                depths=tuple(depths),
+                dims=tuple(widths),
+                stem_type=stem,
+                ls_init_value=layer_scale,
+                drop_path_rate=drop_path,
+                num_classes=0,
+            )
         )
+
+    @classmethod
+    def of(cls, network: ConvNeXt) -> "ConvNeXtBranch":
+        """Return a branch of a network that is there already; it gives up its stem and stages."""
+        branch = cls.__new__(cls)
+        Branch.__init__(branch)
+        branch._take(network)
+        return branch
+
+    def _take(self, network: ConvNeXt) -> None:
         self.stem = network.stem
         self.stages = network.stages
-        blocks = [(i, b) for i, depth in enumerate(depths) for b in range(-1 if i else 0, depth)]
-        self.dims = tuple(widths[i] for i, _ in blocks)
-        self.strides = tuple(4 * 2**i for i, _ in blocks)
+        stages = [cast(ConvNeXtStage, stage) for stage in network.stages]
+        blocks = [(i, b) for i, stage in enumerate(stages) for b in range(-1 if i else 0, len(stage.blocks))]
+        self.dims = tuple(network.feature_info[i]["num_chs"] for i, _ in blocks)
+        self.strides = tuple(network.feature_info[i]["reduction"] for i, _ in blocks)
         self._order = blocks  # (stage, block in it); -1 is the stage's down-sampling layer
 
     def embed(self, images: Tensor) -> Tokens:
-        """Embed images `(B, 3, H, W)` at stride 4; a remainder that fills no cell is dropped."""
+        """Embed images `(B, 3, H, W)` at the stem's stride (4); a remainder that fills no cell is dropped."""
         # Overlapping stems would pad it instead.
-        height, width = (side - side % 4 for side in images.shape[-2:])
+        stride = self.strides[0]
+        height, width = (side - side % stride for side in images.shape[-2:])
         images = images[..., :height, :width]
         return _to_tokens(self.stem(images))
 

@@ -300,6 +300,9 @@ def load_pretrained(branch: Branch, path: str | Path, state: Mapping[str, Tensor
             state = {**branch.state_dict(), **convert_vit(state, branch)}
         elif isinstance(branch, ConvNeXtBranch):
             state = convert_convnext(state, branch) or state
+        elif getattr(branch, "family", None) == "timm":  # a file of timm's, of that very model; its head is left out
+            own = branch.state_dict()
+            state = {f"network.{name}": tensor for name, tensor in state.items() if f"network.{name}" in own} or state
         branch.load_state_dict(state)
     except (CheckpointError, RuntimeError) as error:
         raise CheckpointError(f"{path} does not fit the branch: {' '.join(str(error).split())}") from None

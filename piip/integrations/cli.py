@@ -7,6 +7,7 @@ nothing is lost, and otherwise refused with the new spelling.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,6 @@ def _parser(prog: str, description: str, refused: Mapping[str, str]) -> Parser:
     )  # fmt: skip
     parser.add_argument("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none")
     parser.add_argument("--local_rank", "--local-rank", default="0", help=argparse.SUPPRESS)
-    # Without effect: DeepSpeed is off unless the config asks for it.
     parser.add_argument("--disable_deepspeed", "--disable-deepspeed", action="store_true", help=argparse.SUPPRESS)
     for option, instead in refused.items():
         parser.add_argument(option, action=Refused, instead=instead)
@@ -86,6 +86,9 @@ def parse_train(argv: Sequence[str] | None = None, prog: str = "train.py") -> ar
     )  # fmt: skip
     parser.add_argument("--load-from", metavar="CHECKPOINT", help="start a new run from these weights")
     parser.add_argument("--amp", action="store_true", help="train in bfloat16 where that is safe")
+    parser.add_argument(
+        "--deepspeed", metavar="zero1|zero2|zero3|FILE.json", help="train with DeepSpeed: a ZeRO stage, or its settings"
+    )
     parser.add_argument("--auto-scale-lr", action="store_true", help="scale the learning rate with the batch size")
     parser.add_argument("--seed", type=int, help=f"of every random number (default: the config's, or {DEFAULT_SEED})")
     parser.add_argument("--diff-seed", action="store_true", help="other random numbers in each process")
@@ -115,6 +118,13 @@ def load_config(args: argparse.Namespace) -> Config:
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs", Path(args.config).stem))
     cfg.setdefault("runner_type", "PIIPRunner")
     cfg.setdefault("env_cfg", {})
+    if cfg.get("strategy") or "FullyShardedDataParallel" in (cfg.get("model_wrapper_cfg") or {}).get("type", ""):
+        raise RunError(
+            "FSDP and mmengine's other strategies are not supported (their checkpoints cannot be resumed on current "
+            "torch): shard the model with --deepspeed zero3"
+        )
+    if args.disable_deepspeed:
+        cfg.deepspeed = None
     return cfg
 
 
@@ -136,6 +146,10 @@ def train(args: argparse.Namespace) -> None:
     cfg.randomness = randomness
     if args.amp:
         cfg.optim_wrapper.type = "BFloat16OptimWrapper"
+    if args.deepspeed:
+        cfg.deepspeed = args.deepspeed
+    if cfg.get("deepspeed"):
+        _use_deepspeed(cfg)
     if args.auto_scale_lr:
         if "base_batch_size" not in cfg.get("auto_scale_lr", {}):
             raise RunError(f"--auto-scale-lr: {args.config} has no auto_scale_lr.base_batch_size")
@@ -147,6 +161,15 @@ def train(args: argparse.Namespace) -> None:
     start_distributed(args.launcher, cfg.env_cfg)
     claim_work_dir(cfg, checkpoint_path(args.resume))
     RUNNERS.build(cfg).train()
+
+
+def _use_deepspeed(cfg: Config) -> None:
+    from piip.integrations.zero import deepspeed_config
+
+    if importlib.util.find_spec("deepspeed") is None:
+        raise RunError("DeepSpeed is not installed: pip install 'piip[train]', or train without it")
+    cfg.deepspeed = deepspeed_config(cfg.deepspeed)
+    cfg.runner_type = "ZeRORunner"
 
 
 def test(args: argparse.Namespace) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 
@@ -14,9 +15,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def finish(part: Path, path: Path) -> None:
-    """Give a fully written file its name, in an order that survives a crash of the machine."""
-    with part.open("rb") as file:
-        os.fsync(file.fileno())
+    """Give a fully written file or folder its name, in an order that survives a crash of the machine."""
+    for written in part.iterdir() if part.is_dir() else (part,):
+        with written.open("rb") as file:
+            os.fsync(file.fileno())
+    if path.is_dir():
+        shutil.rmtree(path)
     part.replace(path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:

@@ -23,7 +23,7 @@ RUN_FILE = "run.json"
 """In each work dir: which config the run has, for the comparison when it is resumed."""
 
 # What makes a run another run, and below it, what may change without making it one.
-_IDENTITY = ("model", "optim_wrapper", "train_dataloader", "randomness")
+_IDENTITY = ("model", "optim_wrapper", "train_dataloader", "randomness", "deepspeed")
 _FREE = {"num_workers", "persistent_workers", "prefetch_factor", "pin_memory", "data_root", "ann_file", "data_prefix"}
 
 _HEADS = ("bbox_head", "mask_head", "decode_head", "auxiliary_head")

@@ -7,6 +7,7 @@ falls back to full unpickling when a safe reading fails.
 from __future__ import annotations
 
 import re
+import shutil
 import zipfile
 from collections import Counter, OrderedDict
 from pathlib import Path
@@ -22,7 +23,7 @@ from mmengine.runner import Runner
 from mmengine.runner import checkpoint as stock_checkpoint
 from torch import Tensor
 
-from piip.checkpoint import read_file
+from piip.checkpoint import read_file, refuse_shard
 from piip.errors import CheckpointError
 from piip.integrations.files import write_text
 
@@ -89,6 +90,7 @@ def load_from_file(file: str | Path, *_: Any, **__: Any) -> dict[str, Any]:
     """
     if not isinstance(file, (str, Path)):
         raise CheckpointError("checkpoints are read from files only: copy it from the remote store first")
+    refuse_shard(file)
     checkpoint = read_file(Path(file).expanduser())
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{file} holds a {type(checkpoint).__name__}, not weights by name")
@@ -149,7 +151,11 @@ class WholeCheckpointHook(CheckpointHook):
         if is_main_process():
             write_text(Path(runner.work_dir, "last_checkpoint"), self.last_ckpt)
             for old in outdated:
-                Path(self.out_dir, self.filename_tmpl.format(old)).unlink(missing_ok=True)
+                outdated_path = Path(self.out_dir, self.filename_tmpl.format(old))
+                if outdated_path.is_dir():  # DeepSpeed's
+                    shutil.rmtree(outdated_path)
+                else:
+                    outdated_path.unlink(missing_ok=True)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Leave nothing in the checkpoint that only a full unpickling could read."""

@@ -304,9 +304,42 @@ def test_deepspeed_directories(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=r"empty is a directory without mp_rank_00_model_states.pt"):
         read_file(tmp_path / "empty")
-    (tmp_path / "empty" / "zero_pp_rank_0_mp_rank_00_model_states.pt").touch()
-    with pytest.raises(CheckpointError, match=r"ZeRO-3 shards.*zero_to_fp32.py"):
-        read_file(tmp_path / "empty")
+
+
+def write_zero3(folder: Path, state: dict[str, torch.Tensor], processes: int, groups: int = 2) -> None:
+    """Write a state as ZeRO-3 does: every process has an equal share of each tensor, the last one padded."""
+    names = list(state)
+    shapes = [OrderedDict((n, state[n].shape) for n in names[i::groups]) for i in range(groups)]
+    module = OrderedDict((n, torch.empty(0)) for n in names)
+    for rank in range(processes):
+        flat = []
+        for group in shapes:
+            shares = []
+            for name in group:
+                share = -(-state[name].numel() // processes)
+                padded = torch.nn.functional.pad(
+                    state[name].float().flatten(), (0, share * processes - state[name].numel()), value=1e9
+                )
+                shares.append(padded[rank * share :][:share])
+            flat.append(torch.cat(shares))
+        prefix = f"zero_pp_rank_{rank}_mp_rank_00"
+        model = {"module": module, "buffer_names": [], "param_shapes": shapes, "dp_world_size": processes}
+        torch.save(model, folder / f"{prefix}_model_states.pt")
+        torch.save({"optimizer_state_dict": {"fp32_flat_groups": flat}}, folder / f"bf16_{prefix}_optim_states.pt")
+
+
+def test_zero3_shards_are_put_together(tmp_path):
+    model = build()
+    state = {f"backbone.{name}": tensor for name, tensor in seeded(model).items()}
+    write_zero3(tmp_path, state, processes=3)
+    load_checkpoint(model, tmp_path)
+    assert same(to_released(model), seeded(model))
+    shard = tmp_path / "zero_pp_rank_1_mp_rank_00_model_states.pt"
+    with pytest.raises(CheckpointError, match=r"one process's shards.*give the folder it is in"):
+        load_checkpoint(model, shard)
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=r"shards of 3 processes, and a file of process 1 is missing"):
+        read_file(tmp_path)
 
 
 def test_a_file_of_another_model_is_named(tmp_path):

@@ -79,3 +79,16 @@ def mini_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module.make_mini_data(tmp_path_factory.mktemp("data") / "mini", ("coco", "ade"), train=8, val=2)
+
+
+@pytest.fixture
+def config(tmp_path: Path, mini_data: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, str], Path]:
+    """A function that writes a config based on a mini one; the mini data is where it looks for it."""
+    monkeypatch.setenv("PIIP_DATA", str(mini_data.parent))
+
+    def write(base: Path, text: str) -> Path:
+        path = tmp_path / "config.py"
+        path.write_text(f"_base_ = [{str(base)!r}]\n{text}\n")
+        return path
+
+    return write

@@ -7,24 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from piip.checkpoint import read_state_dict
+
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ROOT / "mmdetection" / "tools"
 MINI = ROOT / "mmdetection" / "configs" / "piip" / "mini"
 VIT = MINI / "mask_rcnn_mini_vit-tsb_192_144_96.py"
 CONVNEXT = MINI / "mask_rcnn_mini_convnext-tsb_192_144_96_regular-fpn.py"
-
-
-@pytest.fixture
-def config(tmp_path: Path, mini_data: Path, monkeypatch: pytest.MonkeyPatch):
-    """A function that writes a config based on a mini one; the mini data is where it looks for it."""
-    monkeypatch.setenv("PIIP_DATA", str(mini_data.parent))
-
-    def write(base: Path, text: str) -> Path:
-        path = tmp_path / "config.py"
-        path.write_text(f"_base_ = [{str(base)!r}]\n{text}\n")
-        return path
-
-    return write
 
 
 RECORDED = """
@@ -51,14 +40,62 @@ def test_trains_and_evaluates(base, config, tool, losses, tmp_path):
     assert len([*Path(tmp_path, "drawn").rglob("*.*")]) == 2
 
 
+ENGINES = [
+    pytest.param((), id="ddp"),
+    *(pytest.param(("--deepspeed", f"zero{stage}"), id=f"zero{stage}", marks=pytest.mark.slow) for stage in (1, 2, 3)),
+]
+
+CURVE = (
+    RECORDED
+    + """
+param_scheduler = None
+default_hooks = dict(checkpoint=dict(by_epoch=False, interval=5))
+train_dataloader = dict(batch_size=2, num_workers=1)
+train_cfg = dict(max_epochs=5)
+custom_hooks = [
+    dict(type="mmengine.RecordLosses", path="losses"),
+    dict(type="mmengine.RecordEnd", path="end"),
+    dict(type="mmengine.KillAt"),
+]
+"""
+)
+
+
+@pytest.mark.slow
 @pytest.mark.distributed
-def test_ranks_stay_identical(config, tool, tmp_path):
-    run = tool("bash", TOOLS / "dist_train.sh", config(VIT, RECORDED), "2", "--no-validate", "--work-dir", "run")
-    assert run.returncode == 0, run.stderr
+@pytest.mark.parametrize("precision", [(), ("--amp",)], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_train_resume_and_are_evaluated_by_one(engine, precision, config, tool, losses, tmp_path):
+    """The loss falls, ranks agree, a killed run continues its curve, one plain process reads the checkpoint."""
+    path = config(VIT, CURVE)
+    train = ("bash", TOOLS / "dist_train.sh", path, "2", "--no-validate", *engine, *precision)
+    whole = tool(*train, "--work-dir", "whole", "--cfg-options", "custom_hooks.0.path=whole")
+    assert whole.returncode == 0, whole.stderr
     ends = [torch.load(tmp_path / f"end.{rank}") for rank in range(2)]
     assert len(ends[0]) > 300
     for name, parameter in ends[0].items():
         assert torch.equal(parameter, ends[1][name]), name
+    curves = [losses(f"whole.{rank}") for rank in range(2)]
+    for curve in curves:
+        values = [float.fromhex(line["loss"]) for line in curve.values()]
+        assert len(values) == 10 and sum(values[-3:]) < 0.8 * sum(values[:3])
+
+    killed = tool(*train, "--work-dir", "run", "--cfg-options", "custom_hooks.2.iteration=7")
+    assert killed.returncode != 0
+    for rank in range(2):
+        (tmp_path / f"losses.{rank}").unlink()
+    resumed = tool(*train, "--work-dir", "run", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    for rank in range(2):
+        assert losses(f"losses.{rank}") == {number: curves[rank][number] for number in range(5, 10)}
+
+    run = tool(sys.executable, TOOLS / "test.py", path, "run/iter_10.pth", "--eval", "bbox")
+    assert run.returncode == 0, run.stderr
+    assert "coco/bbox_mAP_50" in run.stdout
+    tolerance = {"rtol": 0.0, "atol": 0.0} if not precision else {"rtol": 0.01, "atol": 1e-6}  # of masters and bfloat16
+    state = read_state_dict(tmp_path / "run" / "iter_10.pth")
+    for name, parameter in ends[0].items():
+        torch.testing.assert_close(state[name].float(), parameter.float(), **tolerance)
 
 
 AVERAGE = """
@@ -70,10 +107,8 @@ pipeline = [
 ]
 model = dict(type="mmengine.AverageLossDetector", backbone=dict(pretrained=None))
 train_dataloader = dict(sampler=dict(shuffle=False), num_workers=0, dataset=dict(pipeline=pipeline))
-optim_wrapper = dict(
-    _delete_=True, type="mmengine.RecordFirstGradients", path="gradients", optimizer=dict(type="SGD", lr=0.05)
-)
-custom_hooks = [dict(type="mmengine.RecordEnd", path="end")]
+optim_wrapper = dict(_delete_=True, type="OptimWrapper", optimizer=dict(type="SGD", lr=0.05))
+custom_hooks = [dict(type="mmengine.RecordEnd", path="end"), dict(type="mmengine.RecordFirstGradients", path="first")]
 param_scheduler = None
 train_cfg = dict(max_epochs=5)
 """
@@ -85,24 +120,24 @@ def difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
 
 
 @pytest.mark.distributed
-def test_two_processes_train_as_one_with_twice_the_batch(config, tool, tmp_path):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_train_as_one_with_twice_the_batch(engine, config, tool, tmp_path):
     """First-step gradients to 1e-5, 20 steps of SGD to 1e-4, with the whole pyramid."""
     path = config(VIT, AVERAGE)
-    train = ("--no-validate", "--cfg-options")
-    one = tool(
-        sys.executable, TOOLS / "train.py", path, "--work-dir", "one", *train, "train_dataloader.batch_size=2",
-        "optim_wrapper.path=one.gradients", "custom_hooks.0.path=one.end",
-    )  # fmt: skip
-    assert one.returncode == 0, one.stderr
-    two = tool(
-        "bash", TOOLS / "dist_train.sh", path, "2", "--work-dir", "two", *train, "train_dataloader.batch_size=1",
-        "optim_wrapper.path=two.gradients", "custom_hooks.0.path=two.end",
-    )  # fmt: skip
-    assert two.returncode == 0, two.stderr
-    gradients = [torch.load(tmp_path / f"{name}.gradients.0") for name in ("one", "two")]
-    assert len(gradients[0]) > 200 and difference(*gradients) < 1e-5
-    ends = [torch.load(tmp_path / f"{name}.end.0") for name in ("one", "two")]
-    assert difference([*ends[0].values()], [*ends[1].values()]) < 1e-4
+    for name, batch, command in (
+        ("one", 2, (sys.executable, TOOLS / "train.py", path)),
+        ("two", 1, ("bash", TOOLS / "dist_train.sh", path, "2", *engine)),
+    ):
+        run = tool(
+            *command, "--work-dir", name, "--no-validate", "--cfg-options", f"train_dataloader.batch_size={batch}",
+            f"custom_hooks.0.path={name}.end", f"custom_hooks.1.path={name}.gradients",
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr
+    for recorded, tolerance in (("gradients", 1e-5), ("end", 1e-4)):
+        one, two = (torch.load(tmp_path / f"{name}.{recorded}.0") for name in ("one", "two"))
+        assert len(one) > 200 and one.keys() <= two.keys()
+        assert difference([*one.values()], [two[name] for name in one]) < tolerance
+        assert all(not two[name].any() for name in two.keys() - one.keys())
 
 
 def test_resumes_exactly_after_sigkill(config, tool, losses, tmp_path):

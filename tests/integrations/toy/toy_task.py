@@ -1,13 +1,14 @@
 """A task of milliseconds for tests of the runtime, and hooks that record what a run does.
 
 The recorders work with any mmengine config: put this folder on PYTHONPATH, import `toy_task`, and name them in
-`custom_hooks` (`RecordLosses`, `RecordEnd`, `KillAt`) or as the optimizer wrapper (`RecordFirstGradients`).
+`custom_hooks` (`RecordLosses`, `RecordEnd`, `RecordFirstGradients`, `KillAt`).
 """
 
 import json
 import os
 import random
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,7 @@ from mmengine.dist import get_rank
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
-from mmengine.optim import OptimWrapper
-from mmengine.registry import DATASETS, HOOKS, METRICS, MODELS, OPTIM_WRAPPERS
+from mmengine.registry import DATASETS, HOOKS, METRICS, MODELS
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -88,14 +88,21 @@ class RecordLosses(Hook):
 
 @HOOKS.register_module()
 class RecordEnd(Hook):
-    """Writes the trained parameters to PATH.RANK."""
+    """Writes the trained parameters, by name, to PATH.RANK."""
 
     def __init__(self, path: str) -> None:
         self.path = path
 
     def after_train(self, runner) -> None:
         model = getattr(runner.model, "module", runner.model)
-        torch.save(dict(model.named_parameters()), f"{self.path}.{get_rank()}")
+        parameters = dict(model.named_parameters())
+        whole = nullcontext()
+        if any(hasattr(parameter, "ds_id") for parameter in parameters.values()):  # DeepSpeed's, in parts
+            import deepspeed
+
+            whole = deepspeed.zero.GatheredParameters([*parameters.values()])
+        with whole:
+            torch.save({name: p.detach().clone() for name, p in parameters.items()}, f"{self.path}.{get_rank()}")
 
 
 @HOOKS.register_module()
@@ -130,18 +137,29 @@ class KillAt(Hook):
             torch.save = half
 
 
-@OPTIM_WRAPPERS.register_module()
-class RecordFirstGradients(OptimWrapper):
-    """Writes the gradients of the first step to PATH.RANK."""
+@HOOKS.register_module()
+class RecordFirstGradients(Hook):
+    """Writes the gradients of the first step, by name, to PATH.RANK."""
 
-    def __init__(self, *args, path: str, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.path: str | None = path
+    def __init__(self, path: str) -> None:
+        self.path = path
 
-    def step(self, **kwargs) -> None:
-        if self.path is not None:
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-            gradients = [p.grad.clone() for p in parameters if p.grad is not None]
-            torch.save(gradients, f"{self.path}.{get_rank()}")
-            self.path = None
-        super().step(**kwargs)
+    def before_train(self, runner) -> None:
+        wrapper, step = runner.optim_wrapper, runner.optim_wrapper.step
+        model = getattr(runner.model, "module", runner.model)
+
+        def record(**kwargs) -> None:
+            gradients = {name: _gradient(parameter) for name, parameter in model.named_parameters()}
+            torch.save({name: g for name, g in gradients.items() if g is not None}, f"{self.path}.{get_rank()}")
+            wrapper.step = step
+            step(**kwargs)
+
+        wrapper.step = record
+
+
+def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor | None:
+    if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):  # DeepSpeed's, perhaps in parts
+        from deepspeed.utils import safe_get_full_grad
+
+        return safe_get_full_grad(parameter)
+    return None if parameter.grad is None else parameter.grad.clone()
