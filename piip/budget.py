@@ -180,8 +180,8 @@ def published(
     """Count a model in the convention of the published tables.
 
     All conventions count branches and interactions: layers by `_PUBLISHED_RULES`, self-attention analytically as
-    2 N² C (2 N w² C in windows of w²; padding never counts there), and deformable attention as 5 points N C per
-    direction. What differs is the script that the original counted with:
+    2 N² C (2 N w² C in windows of w², of at most N; padding never counts there), and deformable attention as
+    5 points N C per direction. What differs is the script that the original counted with:
 
     * `classification` (the ViT rows, also those of detection and segmentation): a light merging by norms and one
       linear layer per branch, a classifier of 1000 classes instead of FPN and head, position tables as large as the
@@ -220,7 +220,8 @@ def published(
             elif isinstance(module, SelfAttention):
                 x, grid = given
                 cells = prod(grid)
-                macs[part_of[id(module)]] += 2 * cells * (module.window**2 if module.window else cells) * x.shape[-1]
+                seen = min(module.window**2, cells) if module.window else cells
+                macs[part_of[id(module)]] += 2 * cells * seen * x.shape[-1]
             elif isinstance(module, CrossAttention):
                 query, feat, *_ = given
                 macs[part_of[id(module)]] += 2 * query.shape[1] * feat.shape[1] * query.shape[-1]

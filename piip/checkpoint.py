@@ -8,6 +8,7 @@ import argparse
 import math
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -386,8 +387,15 @@ def read_file(path: str | Path, *, map_location: str = "cpu", extra_types: Itera
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
                 return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+        mapped = zipfile.is_zipfile(path)  # memory is taken for what is read, when it is read
+        if not mapped:
+            warnings.warn(
+                f"{path} is in torch's legacy format and cannot be memory-mapped: it is read into memory as a whole; "
+                "write it again with torch.save where memory is short",
+                stacklevel=2,
+            )
         with torch.serialization.safe_globals([*_safe_types(), *extra_types]):
-            return torch.load(path, map_location=map_location, weights_only=True)
+            return torch.load(path, map_location=map_location, weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL (\S+)", str(error)) or re.search(r"type (\S+)", str(error))
         if refused is None:
@@ -442,7 +450,8 @@ def read_state_dict(path: str | Path, *, map_location: str = "cpu") -> State:
 def load_checkpoint(model: nn.Module, path: str | Path, *, drop_head: bool = False) -> None:
     """Load a released checkpoint, or one of ours, into a model in place; nothing may be missing or left over.
 
-    A backbone takes its part of a whole detector's file.
+    A backbone takes its part of a whole detector's file. A model on the meta device takes the file's tensors as they
+    are, memory-mapped where the format allows: it needs the memory of the weights once.
 
     Args:
         model: A backbone or classifier, or a model that holds one (a detector).
@@ -461,9 +470,23 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, drop_head: bool = Fal
     if hasattr(model, "pyramid"):
         backbone = {n.removeprefix("backbone."): t for n, t in state.items() if n.startswith("backbone.")}
         state = backbone or state
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(state, assign=any(parameter.is_meta for parameter in model.parameters()))
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     except RuntimeError as error:
         raise CheckpointError(f"{path} does not fit the model: {' '.join(str(error).split())[:400]}") from error
+    for name, parameter in model.named_parameters():  # a file in half precision
+        parameter.data = parameter.data.to(dtypes[name])
+    _fill_buffers(model)
+
+
+def _fill_buffers(model: nn.Module) -> None:
+    """Compute the buffers that no file holds (timm's rotary positions) where a model was built on the meta device."""
+    for module in model.modules():
+        missing = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        for name in missing:
+            module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
+        if missing:
+            module.init_non_persistent_buffers()

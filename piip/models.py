@@ -489,7 +489,5 @@ def create_model(
     # Nothing is initialised only to be overwritten: the file's tensors become the parameters.
     with torch.device("cpu" if drop_head else "meta"):
         model = kind(spec, **options)
-    if not drop_head:
-        model.to_empty(device="cpu")
     load_checkpoint(model, checkpoint, drop_head=drop_head)
     return model

@@ -80,7 +80,8 @@ TASKS = {
 }
 
 
-def _score(text: str) -> float:
+def score(text: str) -> float:
+    """Return a command line's score, which must be from 0 to 1."""
     value = float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"must be from 0 to 1, not {text}")
@@ -99,7 +100,7 @@ def parse_image_demo(
     parser.add_argument("--out", required=True, metavar="DIR", help=f"folder for pictures and {TASKS[task].results}")
     if task == "detection":
         parser.add_argument(
-            "--confidence-threshold", type=_score, default=0.5, metavar="SCORE", help="lowest score (default: 0.5)"
+            "--confidence-threshold", type=score, default=0.5, metavar="SCORE", help="lowest score (default: 0.5)"
         )
     parser.add_argument("--device", help="cpu, cuda or cuda:NUMBER (default: a GPU if there is one)")
     parser.add_argument("--cfg-options", nargs="+", action=Overrides, default={}, metavar="KEY=VALUE")

@@ -16,14 +16,14 @@ from mmengine.config import Config
 from mmengine.dataset import Compose
 from mmengine.model import BaseModel, revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
-from mmengine.runner import load_checkpoint
 
+from piip.checkpoint import load_checkpoint
 from piip.errors import RunError
 from piip.integrations.cli import checkpoint_path
 from piip.integrations.config import read_config
 from piip.integrations.images import read_image
 from piip.integrations.preflight import check_heads, inner_datasets
-from piip.integrations.runtime import explained_mismatch
+from piip.integrations.saving import load_from_file
 from piip.integrations.visualize import Detections, Segmentation, spread_colours
 
 _SCOPES = {"mmdet": "detector", "mmseg": "segmentor"}
@@ -113,10 +113,12 @@ def _load(
             f"{config} is no {_SCOPES[scope]}'s config: it needs {scope} as its default_scope, and a test_dataloader"
         )
     init_default_scope(scope)
+    if str(cfg.model.backbone.type).endswith("PIIPBackbone"):
+        cfg.model.backbone.on_meta = True
     model = revert_sync_batchnorm(MODELS.build(cfg.model))
-    with explained_mismatch(str(checkpoint)):
-        content = load_checkpoint(model, checkpoint_path(str(checkpoint)), map_location="cpu", strict=True)
-    stored = content.get("meta") or {}
+    path = checkpoint_path(str(checkpoint))
+    stored = load_from_file(path).get("meta") or {}
+    load_checkpoint(model, path)
     # Old files hold their classes in upper case. A file without any is of the config's data.
     meta = stored.get("dataset_meta") or {key.lower(): value for key, value in stored.items()}
     if not meta.get("classes"):

@@ -6,8 +6,10 @@ stand-in for mmcv's compiled ops in place. Configs import it first:
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
+import torch
 from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
@@ -29,6 +31,7 @@ class PIIPBackbone(DensePyramid):
         spec: See `DensePyramid`.
         pretrained: Folder with the branches' pretrained weights (the `weights` of each `BranchSpec` are file names in
             it); `$PIIP_PRETRAINED` replaces it. None starts from random weights.
+        on_meta: Build it without memory, for `piip.load_checkpoint` to fill.
         **options: Further options of `DensePyramid`.
     """
 
@@ -37,9 +40,11 @@ class PIIPBackbone(DensePyramid):
         spec: str | PyramidSpec | Mapping[str, Any],
         *,
         pretrained: str | None = None,
+        on_meta: bool = False,
         **options: Any,
     ) -> None:
-        super().__init__(spec, **options)
+        with torch.device("meta") if on_meta else nullcontext():
+            super().__init__(spec, **options)
         self.pretrained = pretrained
 
     def init_weights(self) -> None:

@@ -96,7 +96,7 @@ def resolve_spec(spec: str | PyramidSpec | Mapping[str, Any]) -> PyramidSpec:
     Args:
         spec: The name of a row; or a spec; or a mapping with the fields of `PyramidSpec`, whose branches are
             mappings with the fields of `BranchSpec`. A mapping with a `base` overrides a named row; there
-            `resolutions` sets the resolution of every branch, in the order of the branches.
+            `resolutions` sets the resolution of every branch, in the order of the branches, and `window` the window.
 
     Returns:
         The spec.
@@ -121,6 +121,9 @@ def resolve_spec(spec: str | PyramidSpec | Mapping[str, Any]) -> PyramidSpec:
     if "resolutions" in values:
         branches = values.get("branches", base.branches)
         values["branches"] = _with_resolutions(branches, values.pop("resolutions"))
+    if "window" in values:
+        branches, window = values.get("branches", base.branches), values.pop("window")
+        values["branches"] = tuple(replace(b, window=window) for b in branches)
     merged = {f.name: getattr(base, f.name) for f in fields(PyramidSpec)}
     return _from_mapping(PyramidSpec, {**merged, **values}, "spec")
 

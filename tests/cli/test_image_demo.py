@@ -1,7 +1,8 @@
-"""`tools/image_demo.py` and the Python calls behind it, with a mini detector of random weights."""
+"""`tools/image_demo.py` and `tools/gradio_demo.py`, and the Python calls behind them, on an untrained detector."""
 
 import json
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -214,3 +215,54 @@ def test_sample_is_small_and_of_the_mini_data(tmp_path):
     subprocess.run([sys.executable, *map(str, command)], check=True, capture_output=True, timeout=300)
     made, sample = (np.asarray(Image.open(path), dtype=float) for path in (tmp_path / "coco/val/000009.jpg", SAMPLE))
     assert np.abs(made - sample).mean() < 2  # versions of Pillow differ a little
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_gradio_demo_answers_its_client(checkpoint):
+    """The script as it is typed, asked over the network as the page in the browser asks it."""
+    pytest.importorskip("gradio", reason="needs the demo extra")
+    from gradio_client import Client, handle_file
+
+    port = free_port()
+    command = ["tools/gradio_demo.py", CONFIG, checkpoint, "--device", "cpu", "--port", port]
+    start = [sys.executable, *map(str, command)]
+    server = subprocess.Popen(start, cwd=MMDETECTION, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        for line in server.stdout:
+            if "Running on" in line:
+                break
+        client = Client(f"http://127.0.0.1:{port}", verbose=False)
+        picture, record = client.predict(handle_file(str(SAMPLE)), 0.05, api_name="/predict")
+        with Image.open(picture) as shown:
+            assert shown.size[0] >= 640 and shown.size[0] == shown.size[1]
+        assert (record["width"], record["height"]) == (192, 192)
+        assert len(record["detections"]) > 0
+        assert all(found["label"] in DIGITS and found["score"] >= 0.05 for found in record["detections"])
+        _, record = client.predict(handle_file(str(SAMPLE)), 1.0, api_name="/predict")
+        assert record["detections"] == []
+        with pytest.raises(Exception, match="Choose an image"):
+            client.predict(None, 0.5, api_name="/predict")
+        taken = subprocess.run(start, cwd=MMDETECTION, capture_output=True, text=True, timeout=120)
+        assert taken.returncode == 2
+        assert f"error: --port {port} of 127.0.0.1 cannot be used" in taken.stderr
+    finally:
+        server.kill()
+        server.wait()
+
+
+def test_page_without_a_threshold_is_any_task_s():
+    """What another task gives: a function from an image to a picture and a record."""
+    pytest.importorskip("gradio", reason="needs the demo extra")
+    from piip.integrations.gradio_demo import image_page
+
+    page = image_page("Negative", lambda image, _: (255 - image, {"mean": float(image.mean())}), threshold=None)
+    (endpoint,) = [fn for fn in page.fns.values() if fn.api_name == "predict"]
+    assert len(endpoint.inputs) == 1
+    picture, record = endpoint.fn(np.full((4, 5, 3), 55, dtype=np.uint8))
+    assert (picture == 200).all() and record == {"mean": 55.0}

@@ -36,8 +36,9 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = {
     path.stem: path
     for path in sorted((ROOT / "mmdetection/configs/piip").glob("*/*.py"))
-    if path.parent.name != "mini"  # mini configs are ours: no published row
+    if path.parent.name not in ("mini", "cascade")  # no released row
 }
+CASCADE = sorted((ROOT / "mmdetection/configs/piip/cascade").glob("*.py"))
 LAYER_DECAY = [p.name.split(".")[0] for p in sorted((REFERENCE / "layer_decay").iterdir())]
 FULL = [p.name.split(".")[0] for p in sorted((REFERENCE / "full_manifests").iterdir())]
 DINO_CLIPPING = {"max_norm": 0.1, "norm_type": 2}
@@ -91,6 +92,30 @@ def test_config_is_short_and_says_how_to_run_it(name):
     assert f"{gpus} GPUs x 2 images" in text
     assert "Published: " in text
     assert len([line for line in source.splitlines()[docstring.end_lineno :] if line]) <= 15
+
+
+@pytest.mark.parametrize("path", CASCADE, ids=lambda path: path.stem)
+def test_cascade_configs_differ_from_mask_rcnn_in_the_head_alone(path):
+    cfg, other = Config.fromfile(path), load("mask_rcnn_deit_sbl_1568_1120_672_fpn_1x_coco_bs16")
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    assert f"sh tools/dist_train.sh {path.relative_to(ROOT / 'mmdetection')} 8" in docstring
+    assert "no config and no weights" in docstring
+    assert cfg.optim_wrapper == other.optim_wrapper
+    assert cfg.model.data_preprocessor == other.model.data_preprocessor
+    epochs, steps = (36, [27, 33]) if "_3x_" in path.stem else (12, [8, 11])
+    assert (cfg.train_cfg.max_epochs, cfg.param_scheduler[1].milestones) == (epochs, steps)
+    init_default_scope("mmdet")
+    with torch.device("meta"):
+        model = MODELS.build(cfg.model)
+    assert type(model).__name__ == "CascadeRCNN" and len(model.roi_head.bbox_head) == 3
+    spec = resolve_spec(cfg.model.backbone.spec)
+    assert [b.resolution for b in spec.branches] == [672, 1344 if "tsb" in path.stem else 1120, 1792]
+    assert {b.window for b in spec.branches} == {28}
+    assert model.backbone.out_channels == cfg.model.neck.in_channels
+
+
+def test_three_cascade_configs():
+    assert len(CASCADE) == 3
 
 
 @every_form

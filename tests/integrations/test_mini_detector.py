@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ROOT / "mmdetection" / "tools"
 MINI = ROOT / "mmdetection" / "configs" / "piip" / "mini"
 VIT = MINI / "mask_rcnn_mini_vit-tsb_192_144_96.py"
+BEIT = MINI / "mask_rcnn_mini_beit-tsb_192_144_96.py"
 CONVNEXT = MINI / "mask_rcnn_mini_convnext-tsb_192_144_96_regular-fpn.py"
 
 
@@ -25,7 +26,9 @@ train_cfg = dict(max_epochs=1, val_interval=1)
 """
 
 
-@pytest.mark.parametrize("base", [VIT, CONVNEXT], ids=["vit", "convnext"])
+@pytest.mark.parametrize(
+    "base", [VIT, CONVNEXT, pytest.param(BEIT, marks=pytest.mark.slow)], ids=["vit", "convnext", "beit"]
+)
 def test_trains_and_evaluates(base, config, tool, losses, tmp_path):
     path = config(base, RECORDED)
     run = tool(sys.executable, TOOLS / "train.py", path, "--work-dir", "run")
