@@ -20,6 +20,7 @@ from piip.integrations.command import Parser, Refused, main  # noqa: F401  (tool
 from piip.integrations.config import read_config
 from piip.integrations.preflight import check_classes, check_data, claim_work_dir
 from piip.integrations.runtime import start_distributed
+from piip.integrations.zero import deepspeed_config
 
 DEFAULT_SEED = 0
 
@@ -111,9 +112,15 @@ def load_config(args: argparse.Namespace) -> Config:
     """Read the config and apply the options that training and evaluation have in common.
 
     Raises:
-        RunError: There is no such file.
+        RunError: There is no such file, or it asks for what is not supported.
     """
-    cfg = read_config(args.config, args.cfg_options)
+    options = dict(args.cfg_options)
+    settings = {name: options.pop(name) for name in list(options) if name.partition(".")[0] == "deepspeed"}
+    cfg = read_config(args.config, options)
+    chosen = getattr(args, "deepspeed", None) or settings.pop("deepspeed", None) or cfg.get("deepspeed")
+    cfg.deepspeed = deepspeed_config(chosen) if chosen and not args.disable_deepspeed else None
+    if cfg.deepspeed:
+        cfg.merge_from_dict(settings)
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or str(Path("work_dirs", Path(args.config).stem))
     cfg.setdefault("runner_type", "PIIPRunner")
@@ -123,8 +130,6 @@ def load_config(args: argparse.Namespace) -> Config:
             "FSDP and mmengine's other strategies are not supported (their checkpoints cannot be resumed on current "
             "torch): shard the model with --deepspeed zero3"
         )
-    if args.disable_deepspeed:
-        cfg.deepspeed = None
     return cfg
 
 
@@ -146,10 +151,10 @@ def train(args: argparse.Namespace) -> None:
     cfg.randomness = randomness
     if args.amp:
         cfg.optim_wrapper.type = "BFloat16OptimWrapper"
-    if args.deepspeed:
-        cfg.deepspeed = args.deepspeed
-    if cfg.get("deepspeed"):
-        _use_deepspeed(cfg)
+    if cfg.deepspeed:
+        if importlib.util.find_spec("deepspeed") is None:
+            raise RunError("DeepSpeed is not installed: pip install 'piip[train]', or train without it")
+        cfg.runner_type = "ZeRORunner"
     if args.auto_scale_lr:
         if "base_batch_size" not in cfg.get("auto_scale_lr", {}):
             raise RunError(f"--auto-scale-lr: {args.config} has no auto_scale_lr.base_batch_size")
@@ -161,15 +166,6 @@ def train(args: argparse.Namespace) -> None:
     start_distributed(args.launcher, cfg.env_cfg)
     claim_work_dir(cfg, checkpoint_path(args.resume))
     RUNNERS.build(cfg).train()
-
-
-def _use_deepspeed(cfg: Config) -> None:
-    from piip.integrations.zero import deepspeed_config
-
-    if importlib.util.find_spec("deepspeed") is None:
-        raise RunError("DeepSpeed is not installed: pip install 'piip[train]', or train without it")
-    cfg.deepspeed = deepspeed_config(cfg.deepspeed)
-    cfg.runner_type = "ZeRORunner"
 
 
 def test(args: argparse.Namespace) -> dict[str, float]:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from piip.integrations.cli import Overrides, Parser
+from piip.errors import RunError
+from piip.integrations.cli import Overrides
+from piip.integrations.command import Parser
 from piip.integrations.image_demo import score
-from piip.integrations.preflight import RunError
 
 if TYPE_CHECKING:
     import gradio

@@ -144,17 +144,23 @@ def _gather_alone() -> None:
 
 
 @contextmanager
-def _scalars_as_vectors(model: nn.Module) -> Iterator[None]:
-    """Give parameters without a dimension one: the start of the engine, though nothing after it, fails over them."""
+def _scalars_allowed(model: nn.Module, stage: int) -> Iterator[None]:
+    """Let an engine start over a model with scalar parameters, which it fails to send to the other processes.
+
+    They have the same values there already: mmengine sends those of the first process when it initialises a model.
+    """
     scalars = [parameter for parameter in model.parameters() if not parameter.ndim]
     for parameter in scalars:
-        parameter.data = parameter.data.reshape(1)
+        if stage < 3:
+            parameter.ds_optim_param = True  # is not sent
+        else:
+            parameter.data = parameter.data.reshape(1)
     yield
     for parameter in scalars:
-        if hasattr(parameter, "ds_shape"):  # ZeRO-3: the shape that it is gathered to
-            parameter.ds_shape = torch.Size()
+        if stage < 3:
+            del parameter.ds_optim_param
         else:
-            parameter.data = parameter.data.reshape(())  # where the engine has put it
+            parameter.ds_shape = torch.Size()  # what it is gathered to
 
 
 @RUNNERS.register_module()
@@ -222,7 +228,7 @@ class ZeRORunner(PIIPRunner):
         if config["bf16"].get("enabled"):
             # Within the model: the engine ends regions that begin outside it. Norms, losses and sampling stay float32.
             model.forward = torch.autocast(torch.device(get_device()).type, torch.bfloat16)(model.forward)
-        with _scalars_as_vectors(model):
+        with _scalars_allowed(model, config["zero_optimization"]["stage"]):
             engine, *_ = deepspeed.initialize(model=model, optimizer=wrapper.optimizer, config=config)
         engine.module.data_preprocessor = preprocess
         engine.checkpoint_engine.load = _safe_loading(engine.optimizer)

@@ -71,12 +71,17 @@ SWEEP = {  # Table 12
 ALL = {**DESIGNS, **ATTENTION, **SWEEP}
 
 
-@pytest.mark.parametrize("name", ALL)
+QUICK = {"no interaction, BBB 896/448/224", "direct, TSB 448/672/896", "12 regular", "4 deformable"}
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=slow) for name in ALL])
 def test_costs_what_the_paper_says(name):
     spec, macs = ALL[name]
     assert published(spec, "classification")["total"].macs / 1e9 == pytest.approx(macs, rel=0.01, abs=0.6)
 
 
+@slow
 @pytest.mark.parametrize("name", [*DESIGNS, "12 regular"])
 def test_detection_backbones_are_built(name):
     spec, _ = ALL[name]

@@ -52,7 +52,7 @@ def tool(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         path = os.pathsep.join(filter(None, (str(TOY), os.environ.get("PYTHONPATH"))))
         environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, **variables}
         return subprocess.run(
-            [str(part) for part in command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+            [str(part) for part in command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
         )
 
     return run
