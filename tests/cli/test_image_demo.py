@@ -155,7 +155,7 @@ def test_nothing_readable(demo, checkpoint, tmp_path):
         (["SAMPLE", "CONFIG", "CHECKPOINT", "--confidence-threshold", "2"], "image_demo.py: error: argument --conf"),
         (
             ["SAMPLE", "CONFIG", "CHECKPOINT", "--cfg-options", "model.roi_head.mask_head.num_convs=1"],
-            "error: CHECKPOINT does not fit the model of this config: ",
+            "error: CHECKPOINT does not fit the model: ",
         ),
         (
             ["SAMPLE", "CONFIG", "NAMELESS", "--cfg-options", "test_dataloader.dataset.metainfo.classes=[a,b]"],
