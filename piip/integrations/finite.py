@@ -51,7 +51,8 @@ class StopAtNaNHook(Hook):
             NotFiniteError: One is not finite.
         """
         for name, parameter in runner.model.named_parameters():
-            if not torch.isfinite(parameter).all():
+            here = getattr(parameter, "ds_tensor", parameter)  # under ZeRO-3, the part that this process holds
+            if not torch.isfinite(here).all():
                 self._stop(runner, checkpoint["meta"]["iter"], f"weights ({name}), which are not saved")
 
     def _stop(self, runner: Runner, step: int, what: str) -> NoReturn:
