@@ -78,7 +78,10 @@ def image_page(
                     inputs.append(gr.Slider(0, 1, value=threshold, step=0.05, label="Confidence threshold"))
                 button = gr.Button("Run", variant="primary")
             with gr.Column():
-                outputs = [gr.Image(format="png", label="Result"), gr.JSON(label="Record")]
+                outputs = [
+                    gr.Image(format="png", label="Result", buttons=["download", "fullscreen"]),
+                    gr.JSON(label="Record"),
+                ]
         if examples:
             gr.Examples([str(path) for path in examples], inputs=image)
         button.click(run, inputs, outputs, api_name="predict", concurrency_limit=1)
