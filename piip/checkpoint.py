@@ -485,8 +485,7 @@ def load_checkpoint(model: nn.Module, path: str | Path, *, drop_head: bool = Fal
 def _fill_buffers(model: nn.Module) -> None:
     """Compute the buffers that no file holds (timm's rotary positions) where a model was built on the meta device."""
     for module in model.modules():
-        missing = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
-        for name in missing:
-            module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
+        missing = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
+        module._buffers.update({name: torch.empty_like(buffer, device="cpu") for name, buffer in missing.items()})
         if missing:
-            module.init_non_persistent_buffers()
+            cast(Any, module).init_non_persistent_buffers()

@@ -71,8 +71,9 @@ class ConvNeXtBranch(Branch):
         self.stages = network.stages
         stages = [cast(ConvNeXtStage, stage) for stage in network.stages]
         blocks = [(i, b) for i, stage in enumerate(stages) for b in range(-1 if i else 0, len(stage.blocks))]
-        self.dims = tuple(network.feature_info[i]["num_chs"] for i, _ in blocks)
-        self.strides = tuple(network.feature_info[i]["reduction"] for i, _ in blocks)
+        info = cast(list[dict[str, int]], network.feature_info)
+        self.dims = tuple(info[i]["num_chs"] for i, _ in blocks)
+        self.strides = tuple(info[i]["reduction"] for i, _ in blocks)
         self._order = blocks  # (stage, block in it); -1 is the stage's down-sampling layer
 
     def embed(self, images: Tensor) -> Tokens:

@@ -79,7 +79,7 @@ def timm_branch(
     return TimmBranch(network)
 
 
-def _network(name: str, pretrained: bool, drop_path: float) -> nn.Module:
+def _network(name: str, pretrained: bool, drop_path: float) -> Any:  # a model of timm's: its parts are known by name
     settings: dict[str, Any] = {"num_classes": 0, "drop_path_rate": drop_path}
     kinds = timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
     if kinds in ("vision_transformer", "deit", "eva"):
@@ -99,7 +99,7 @@ def _network(name: str, pretrained: bool, drop_path: float) -> nn.Module:
         ) from error
 
 
-def _without_tokens(network: nn.Module) -> dict[str, Tensor]:
+def _without_tokens(network: Any) -> dict[str, Tensor]:
     """Return the state of a timm ViT without class and register tokens and their positions, by ViTBranch's names."""
     state = {name.replace("norm_pre.", "embed_norm."): tensor for name, tensor in network.state_dict().items()}
     prefix = 0 if getattr(network, "no_embed_class", False) else network.num_prefix_tokens
@@ -108,7 +108,7 @@ def _without_tokens(network: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _plain(network: nn.Module) -> dict[str, Any] | None:
+def _plain(network: Any) -> dict[str, Any] | None:
     """Return the options of the `ViTBranch` that equals a timm ViT without class tokens; None if there is none."""
     block, patches = network.blocks[0], network.patch_embed
     if isinstance(network, Beit):
@@ -146,7 +146,7 @@ def _plain(network: nn.Module) -> dict[str, Any] | None:
     }
 
 
-def _shape(network: nn.Module) -> dict[str, Any]:
+def _shape(network: Any) -> dict[str, Any]:
     block = network.blocks[0]
     return {
         "embed_dim": network.embed_dim,
@@ -158,7 +158,7 @@ def _shape(network: nn.Module) -> dict[str, Any]:
     }
 
 
-def _activation(mlp: nn.Module) -> str | None:
+def _activation(mlp: Any) -> str | None:
     """Return ViTBranch's name of an MLP's activation, by what it computes."""
     act = mlp.act
     if isinstance(act, nn.GELU):
@@ -178,16 +178,17 @@ class TimmBranch(Branch):
 
     family = "timm"
     layer_decay = True
+    network: Any
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: VisionTransformer | Eva) -> None:
         super().__init__()
         self.network = network
         for part in ("norm", "fc_norm", "head", "attn_pool"):  # behind the last block
             if isinstance(getattr(network, part, None), nn.Module):
                 setattr(network, part, nn.Identity())
-        self.patch_size = network.patch_embed.patch_size[0]
-        self.dims = (network.embed_dim,) * len(network.blocks)
-        self.strides = (self.patch_size,) * len(network.blocks)
+        self.patch_size: int = self.network.patch_embed.patch_size[0]
+        self.dims = (network.embed_dim,) * len(self.network.blocks)
+        self.strides = (self.patch_size,) * len(self.network.blocks)
 
     def embed(self, images: Tensor) -> Tokens:
         """Embed images `(B, 3, H, W)`; a remainder that fills no patch is dropped.

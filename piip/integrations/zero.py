@@ -149,7 +149,7 @@ def _scalars_allowed(model: nn.Module, stage: int) -> Iterator[None]:
 
     They have the same values there already: mmengine sends those of the first process when it initialises a model.
     """
-    scalars = [parameter for parameter in model.parameters() if not parameter.ndim]
+    scalars: list[Any] = [parameter for parameter in model.parameters() if not parameter.ndim]
     for parameter in scalars:
         if stage < 3:
             parameter.ds_optim_param = True  # is not sent
@@ -171,6 +171,8 @@ class ZeRORunner(PIIPRunner):
     the optimizer keeps float32 ones; otherwise all is float32. Batch size, accumulation and clipping are those of the
     config (`train_dataloader.batch_size`, `optim_wrapper.accumulative_counts`, `optim_wrapper.clip_grad`).
     """
+
+    model: Any
 
     def wrap_model(self, model_wrapper_cfg: dict[str, Any] | None, model: nn.Module) -> nn.Module:
         """Move the model to its device; the engine comes when its weights are there."""
