@@ -36,7 +36,9 @@ def main(run: Callable[[argparse.Namespace], object], args: argparse.Namespace) 
 
     The line comes from the first process, or from each that met it where they may meet different ones.
     """
-    os.environ.setdefault("LOCAL_RANK", getattr(args, "local_rank", "0"))
+    # Whoever finds LOCAL_RANK takes the process for one of several: it is set where a launcher passed it as an option.
+    if getattr(args, "launcher", "none") != "none":
+        os.environ.setdefault("LOCAL_RANK", getattr(args, "local_rank", "0"))
     try:
         result = run(args)
     except (CheckpointError, RunError, SpecError) as error:

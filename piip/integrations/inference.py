@@ -116,7 +116,7 @@ def _load(
     if str(cfg.model.backbone.type).endswith("PIIPBackbone"):
         cfg.model.backbone.on_meta = True
     model = revert_sync_batchnorm(MODELS.build(cfg.model))
-    path = checkpoint_path(str(checkpoint))
+    path = checkpoint_path(str(checkpoint)) or checkpoint
     stored = load_from_file(path).get("meta") or {}
     load_checkpoint(model, path)
     # Old files hold their classes in upper case. A file without any is of the config's data.

@@ -406,6 +406,20 @@ SPECS: dict[str, PyramidSpec] = {
     "augreg-l-640": _row(_AUGREG, "l", 640, window=14, global_every=3),
     "deit3-tsb-896-448-336": _enlarging("tsb", 896, 448, 336),
     "deit3-sbl-1120-448-336": _enlarging("sbl", 1120, 448, 336),
+    # ImageNet-1K classification: DeiT (the first), AugReg, and from scratch
+    "cls-deit1-tsb-368-192-128": _classifier(_DEIT1, "tsb", 368, 192, 128),
+    "cls-augreg-sbl-320-160-96": _classifier(_AUGREG_224, "sbl", 320, 160, 96),
+    "cls-augreg-sbl-384-192-128": _classifier(_AUGREG_224, "sbl", 384, 192, 128),
+    "cls-scratch-b-512-256-128": _classifier(_SCRATCH, "321", 512, 256, 128, head="merged"),
+    # LLaVA: one map per branch. The 13B rows with ConvNeXt have 24 interactions, the 7B rows 12.
+    "clip-l-336": PyramidSpec((_CLIP_L14_336,)),
+    "clip-bl-512-256": _tower("bl", 512, 256, clip_grid=14, interactions=2),
+    "clip-bl-512-448": _tower("bl", 512, 448, clip_grid=21, interactions=12),
+    "convnext-b-clip-l-640-224": _tower(("cb", "l"), 640, 224, clip_grid=14, interactions=2),
+    "convnext-b-clip-l-1024-336": _tower(("cb", "l"), 1024, 336, clip_grid=21, interactions=12),
+    "convnext-b-clip-l-1024-336-24": _tower(("cb", "l"), 1024, 336, clip_grid=21, interactions=24),
+    "convnext-l-clip-l-1024-336": _tower(("cl", "l"), 1024, 336, clip_grid=21, interactions=12),
+    "convnext-l-clip-l-1024-336-24": _tower(("cl", "l"), 1024, 336, clip_grid=21, interactions=24),
 }
 for _name in ("augreg-sbl-1568-1120-672", "internvit-h6b-1024-512"):
     SPECS[f"{_name}-speedup"] = _speedup(SPECS[_name])
