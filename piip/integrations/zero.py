@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -138,6 +139,7 @@ class ZeROModel:
 def _gather_alone() -> None:
     """Make a group of this process alone, which the engine needs as well."""
     if not is_distributed():
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
