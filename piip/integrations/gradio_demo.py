@@ -17,7 +17,9 @@ import numpy as np
 from piip.errors import RunError
 from piip.integrations.cli import Overrides
 from piip.integrations.command import Parser
-from piip.integrations.image_demo import score
+from piip.integrations.image_demo import TASKS, score
+from piip.integrations.inference import detect, load_detector, load_segmentor, segment
+from piip.integrations.visualize import draw, draw_segmentation
 
 if TYPE_CHECKING:
     import gradio
@@ -89,13 +91,21 @@ def image_page(
 
 
 def parse_gradio_demo(
-    argv: Sequence[str] | None = None, prog: str = "gradio_demo.py", description: str = "Show a model in the browser."
+    argv: Sequence[str] | None = None, prog: str = "gradio_demo.py", task: str = "detection"
 ) -> argparse.Namespace:
-    """Return the options of `tools/gradio_demo.py`; exits with one line if they are wrong."""
-    parser = Parser(prog=prog, description=description, allow_abbrev=False)
+    """Return the options of a task's `tools/gradio_demo.py`; exits with one line if they are wrong.
+
+    Args:
+        argv: The command line; default: this process's.
+        prog: Name of the command.
+        task: A key of `PAGES`.
+    """
+    parser = Parser(prog=prog, description=f"{TASKS[task].purpose[:-1]}, in the browser.", allow_abbrev=False)
+    parser.set_defaults(task=task)
     parser.add_argument("config", help="config file")
     parser.add_argument("checkpoint", help="checkpoint file; also a DeepSpeed folder")
-    parser.add_argument("--confidence-threshold", type=score, default=0.5, metavar="SCORE", help="default: 0.5")
+    if task == "detection":
+        parser.add_argument("--confidence-threshold", type=score, default=0.5, metavar="SCORE", help="default: 0.5")
     parser.add_argument("--device", help="cpu, cuda or cuda:NUMBER (default: a GPU if there is one)")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 to be seen by other machines (default: this one)")
     parser.add_argument("--port", type=int, default=7860)
@@ -130,9 +140,6 @@ def detection_page(args: argparse.Namespace) -> gradio.Blocks:
         CheckpointError: The checkpoint cannot be read, or does not fit the config's model.
     """
     import_gradio()
-    from piip.integrations.inference import detect, load_detector
-    from piip.integrations.visualize import draw
-
     detector = load_detector(args.config, args.checkpoint, args.device, args.cfg_options)
 
     def predict(image: np.ndarray, threshold: float) -> tuple[np.ndarray, Mapping[str, Any]]:
@@ -142,20 +149,46 @@ def detection_page(args: argparse.Namespace) -> gradio.Blocks:
             entry.pop("mask", None)  # the picture shows it
         return draw(found), record
 
+    return image_page(_title(args), predict, threshold=args.confidence_threshold, examples=_examples())
+
+
+def segmentation_page(args: argparse.Namespace) -> gradio.Blocks:
+    """Return the page of a segmentor: the classes' colours over the image with a legend, and their shares.
+
+    Raises:
+        RunError: The config or the device is not usable, or Gradio is not installed.
+        CheckpointError: The checkpoint cannot be read, or does not fit the config's model.
+    """
+    import_gradio()
+    segmentor = load_segmentor(args.config, args.checkpoint, args.device, args.cfg_options)
+
+    def predict(image: np.ndarray, _: float) -> tuple[np.ndarray, Mapping[str, Any]]:
+        (found,) = segment(segmentor, [image])
+        return draw_segmentation(found), found.record()
+
+    return image_page(_title(args), predict, threshold=None, examples=_examples())
+
+
+def _title(args: argparse.Namespace) -> str:
+    return f"PIIP: {Path(args.config).stem}"
+
+
+def _examples() -> list[Path]:
     sample = Path(__file__).resolve().parents[2] / "mmdetection" / "demo" / "sample.jpg"
-    return image_page(
-        f"PIIP: {Path(args.config).stem}",
-        predict,
-        threshold=args.confidence_threshold,
-        examples=[sample] if sample.is_file() else (),
-    )
+    return [sample] if sample.is_file() else []
+
+
+PAGES: dict[str, Callable[[argparse.Namespace], gradio.Blocks]] = {
+    "detection": detection_page,
+    "segmentation": segmentation_page,
+}
 
 
 def gradio_demo(args: argparse.Namespace) -> None:
-    """Show a detector as the options of :func:`parse_gradio_demo` say.
+    """Show a model as the options of :func:`parse_gradio_demo` say.
 
     Raises:
-        RunError: See :func:`detection_page` and :func:`serve`.
-        CheckpointError: See :func:`detection_page`.
+        RunError: See `PAGES` and :func:`serve`.
+        CheckpointError: See `PAGES`.
     """
-    serve(detection_page(args), args)
+    serve(PAGES[args.task](args), args)

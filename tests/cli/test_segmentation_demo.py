@@ -174,6 +174,20 @@ def test_python_call_of_the_readme(checkpoint, tmp_path, monkeypatch):
     assert Image.open(tmp_path / "picture.png").height == 768
 
 
+def test_page_in_the_browser(checkpoint):
+    pytest.importorskip("gradio", reason="needs the demo extra")
+    from piip.integrations.gradio_demo import parse_gradio_demo, segmentation_page
+
+    args = parse_gradio_demo([str(CONFIG), str(checkpoint), "--device", "cpu"], task="segmentation")
+    (endpoint,) = [fn for fn in segmentation_page(args).fns.values() if fn.api_name == "predict"]
+    assert len(endpoint.inputs) == 1  # no threshold
+    picture, record = endpoint.fn(np.asarray(Image.open(SAMPLE)))
+    assert picture.shape[0] == 768 and picture.shape[1] > 768  # enlarged, with a legend beside it
+    assert (record["width"], record["height"]) == (192, 192)
+    assert sum(found["share"] for found in record["classes"]) == pytest.approx(1, abs=1e-4)
+    assert {found["label"] for found in record["classes"]} <= set(NAMES)
+
+
 def test_drawing():
     from piip.integrations.visualize import Segmentation, draw_segmentation
 
