@@ -1,4 +1,4 @@
-"""mmdet 3's DINO on a pyramid, with the original's parameter names, numerics and precision.
+"""mmdet 3's DINO on a pyramid, with the original's parameter names and numerics.
 
 The original ran on mmdet 2, whose DINO keeps the transformer inside the head. Here `PIIPDINO`, `PIIPDecoder` and
 `PIIPDINOHead` restore what mmdet 3 computes otherwise, and a table maps the names. Configs import this module, which
@@ -22,7 +22,6 @@ from mmdet.registry import MODELS
 
 from piip import checkpoint
 from piip.checkpoint import Shapes, State, difference, rename
-from piip.deformable import no_autocast
 from piip.errors import CheckpointError
 from piip.models import DensePyramid
 
@@ -95,10 +94,7 @@ class PIIPDecoder(DinoTransformerDecoder):
 
 @MODELS.register_module()
 class PIIPDINO(DINO):
-    """mmdet's DINO that takes released detector files as well as its own, and whose neck and head stay in float32.
-
-    Where the backbone runs in bfloat16 (`--amp`), the original kept everything after it in float32: sampling positions
-    need more digits than bfloat16 has.
+    """mmdet's DINO that takes released detector files as well as its own.
 
     A state that lacks a tensor, or holds a foreign one, raises `CheckpointError` also for a caller that is not strict.
     Another number of classes is left to the caller: to a strict one it is an error, and one that is not strict
@@ -113,17 +109,6 @@ class PIIPDINO(DINO):
         decoder: dict[str, Any] = copy.deepcopy(self.__dict__["decoder"])
         super()._init_layers()
         self.decoder = PIIPDecoder(**decoder)
-
-    def extract_feat(self, batch_inputs: Tensor) -> tuple[Tensor, ...]:
-        """Map images `(B, 3, H, W)` to the maps `(B, C, h, w)` of the neck."""
-        maps = self.backbone(batch_inputs)
-        with no_autocast(batch_inputs):
-            return self.neck([level.float() for level in maps])
-
-    def forward_transformer(self, img_feats: tuple[Tensor, ...], batch_data_samples: Any = None) -> dict[str, Any]:
-        """Run encoder and decoder on the neck's maps; returns the inputs of the head."""
-        with no_autocast(img_feats[0]):
-            return super().forward_transformer(img_feats, batch_data_samples)
 
 
 @MODELS.register_module()
@@ -141,12 +126,10 @@ class PIIPDINOHead(DINOHead):
             Logits `(layers, B, queries, classes)` and boxes `(layers, B, queries, 4)`.
         """
         logits, boxes = [], []
-        with no_autocast(hidden_states):
-            for hidden, reference, classify, regress in zip(
-                hidden_states, references, self.cls_branches, self.reg_branches, strict=False
-            ):
-                logits.append(classify(hidden))
-                boxes.append((regress(hidden) + inverse_sigmoid(reference, eps=EPS)).sigmoid())
+        branches = zip(hidden_states, references, self.cls_branches, self.reg_branches, strict=False)
+        for hidden, reference, classify, regress in branches:
+            logits.append(classify(hidden))
+            boxes.append((regress(hidden) + inverse_sigmoid(reference, eps=EPS)).sigmoid())
         return torch.stack(logits), torch.stack(boxes)
 
 

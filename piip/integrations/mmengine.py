@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS
-from torch import nn
+from torch import Tensor, nn
 
 from piip.branches.pretrained import find_weights, load_pretrained
 from piip.integrations import mmcv_ops
@@ -46,6 +46,17 @@ class PIIPBackbone(DensePyramid):
         with torch.device("meta") if on_meta else nullcontext():
             super().__init__(spec, **options)
         self.pretrained = pretrained
+
+    compute_dtype: torch.dtype | None = None
+    """What a forward pass is cast to, where that is safe; its maps are float32 all the same. None: nothing is cast."""
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """See `DensePyramid.forward`."""
+        if self.compute_dtype is None:
+            return super().forward(images)
+        with torch.autocast(images.device.type, self.compute_dtype):
+            maps = super().forward(images)
+        return [level.float() for level in maps]
 
     def init_weights(self) -> None:
         """Load the pretrained weights of every branch that names some; mmengine calls this before training.

@@ -14,8 +14,8 @@ images              one that cannot be read ends in a traceback         it is na
 label maps          with values beyond the classes they crash the       are named, with the value
 (`labels.py`)       loss, and drop out of the metric unnoticed
 several processes   needs CUDA                                          gloo where there is no CUDA device
-mixed precision     needs CUDA, scales the loss                         bfloat16 autocast on any device, as the released
-                                                                        models were trained
+mixed precision     needs CUDA, scales the loss, and computes boxes     bfloat16 for the backbone on any device,
+                    in half precision                                   float32 for the rest, as in the released models
 ==================  ==================================================  ===============================================
 """
 
@@ -33,7 +33,7 @@ from mmengine.dist import all_gather_object, init_dist, is_distributed, is_main_
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS, RUNNERS
-from mmengine.runner import BaseLoop, Runner, autocast
+from mmengine.runner import BaseLoop, Runner
 from mmengine.utils.dl_utils import set_multi_processing
 from torch import nn
 
@@ -41,6 +41,7 @@ from piip.errors import CheckpointError, RunError
 from piip.integrations.files import finish
 from piip.integrations.finite import StopAtNaNHook
 from piip.integrations.images import SkippedImagesHook, check_images
+from piip.integrations.precision import bfloat16_backbone
 from piip.integrations.process import export_slurm_ranks, random_state
 from piip.integrations.resume import ExactResumeHook, ResumableEpochLoop, ResumableIterLoop
 from piip.integrations.saving import WholeCheckpointHook, install_safe_loading
@@ -85,15 +86,15 @@ def start_distributed(launcher: str, env_cfg: Mapping[str, Any]) -> None:
 
 @OPTIM_WRAPPERS.register_module()
 class BFloat16OptimWrapper(OptimWrapper):
-    """Forward passes in bfloat16 where that is safe; parameters, gradients and the optimizer stay in float32.
+    """Forward passes of the backbone in bfloat16; all else, parameters and the optimizer too, stays in float32.
 
     mmengine's AmpOptimWrapper needs CUDA and scales the loss, which the range of bfloat16 makes superfluous.
     """
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
-        """Surround one forward pass: gradient accumulation as in the base class, and autocast."""
-        with super().optim_context(model), autocast(dtype=torch.bfloat16):
+        """Surround one forward pass: gradient accumulation as in the base class, and the backbone's precision."""
+        with super().optim_context(model), bfloat16_backbone(model):
             yield
 
 

@@ -16,13 +16,14 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.device import get_device
 from mmengine.dist import all_gather_object, barrier, is_distributed, is_main_process
+from mmengine.hooks import Hook
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import OptimWrapper
 from mmengine.registry import MODEL_WRAPPERS, OPTIM_WRAPPERS, RUNNERS
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from piip.checkpoint import read_file
 from piip.errors import CheckpointError, RunError, unknown
 from piip.integrations.files import finish
+from piip.integrations.precision import backbone_of, compute_in_float32
 from piip.integrations.resume import random_state
 from piip.integrations.runtime import BFloat16OptimWrapper, PIIPRunner
 from piip.shards import WHOLE
@@ -133,7 +135,75 @@ class ZeROModel:
 
     def _run(self, data: Any, training: bool, mode: str) -> Any:
         data = self.module.data_preprocessor(data, training)
-        return self.engine(**data, mode=mode) if isinstance(data, dict) else self.engine(*data, mode=mode)
+        model = self.engine if training else self.module
+        return model(**data, mode=mode) if isinstance(data, dict) else model(*data, mode=mode)
+
+
+class _GatheringHooks:
+    """The hooks by which ZeRO-3 gathers the parameters of a module when it is called.
+
+    All processes have to gather the same parameters in the same order, and the engine gathers ahead along the calls of
+    the step before. Detectors do not keep to that: a level of the pyramid without proposals has its RoIAlign left out,
+    an image without detections the mask head.
+
+    Args:
+        model: The model, before the engine starts.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._tables = [
+            (table, set(table), not any(True for _ in module.parameters()))
+            for module in model.modules()
+            for table in (module._forward_pre_hooks, module._forward_hooks)
+        ]
+        self._lifted: list[tuple[dict, dict]] = []
+
+    def drop_needless(self) -> None:
+        """Take them from modules without parameters, whose calls may differ between the processes."""
+        for table, before, without_parameters in self._tables:
+            if without_parameters:
+                for key in set(table) - before:
+                    del table[key]
+
+    def lift(self) -> None:
+        """Take them from all modules, until :meth:`restore`."""
+        for table, before, _ in self._tables:
+            self._lifted.append((table, {key: table.pop(key) for key in list(table) if key not in before}))
+
+    def restore(self) -> None:
+        """Put them back."""
+        while self._lifted:
+            table, hooks = self._lifted.pop()
+            table.update(hooks)
+
+
+class WholeParametersHook(Hook):
+    """Keeps the parameters that ZeRO-3 shares out whole while a run is validated.
+
+    Args:
+        model: The engine's model.
+        hooks: Of the engine, in it.
+    """
+
+    priority = "VERY_HIGH"
+
+    def __init__(self, model: nn.Module, hooks: _GatheringHooks) -> None:
+        self._model, self._hooks, self._region = model, hooks, ExitStack()
+
+    def before_val(self, runner: Any) -> None:
+        """Gather them."""
+        import deepspeed
+
+        self._hooks.lift()
+        self._region.callback(self._hooks.restore)
+        # Small ones stay whole: the engine would not expect to find them shared out.
+        parameters: list[Any] = [*self._model.parameters()]
+        shares = [parameter for parameter in parameters if parameter.ds_status.name == "NOT_AVAILABLE"]
+        self._region.enter_context(deepspeed.zero.GatheredParameters(shares))
+
+    def after_val(self, runner: Any) -> None:
+        """Share them out again."""
+        self._region.close()
 
 
 def _gather_alone() -> None:
@@ -165,13 +235,22 @@ def _scalars_allowed(model: nn.Module, stage: int) -> Iterator[None]:
             parameter.ds_shape = torch.Size()  # what it is gathered to
 
 
+def _keep_statistics(model: nn.Module, leave_out: nn.Module) -> None:
+    """Bring buffers behind the backbone (running statistics) back to float32, which the engine has taken them from."""
+    left = {id(buffer) for buffer in leave_out.buffers()}
+    for buffer in model.buffers():
+        if id(buffer) not in left and buffer.dtype == torch.bfloat16:
+            buffer.data = buffer.data.float()
+
+
 @RUNNERS.register_module()
 class ZeRORunner(PIIPRunner):
     """PIIP's runner with DeepSpeed's engine; `cfg.deepspeed` holds its settings, see `deepspeed_config`.
 
     With a BFloat16OptimWrapper (`--amp`), or `bf16=dict(enabled=True)` in the settings, parameters are in bfloat16 and
-    the optimizer keeps float32 ones; otherwise all is float32. Batch size, accumulation and clipping are those of the
-    config (`train_dataloader.batch_size`, `optim_wrapper.accumulative_counts`, `optim_wrapper.clip_grad`).
+    the optimizer keeps float32 ones; what follows the backbone computes in float32. Otherwise all is float32. Batch
+    size, accumulation and clipping are those of the config (`train_dataloader.batch_size`,
+    `optim_wrapper.accumulative_counts`, `optim_wrapper.clip_grad`).
     """
 
     model: Any
@@ -229,12 +308,24 @@ class ZeRORunner(PIIPRunner):
         }
         model = self.model
         preprocess = copy.deepcopy(model.data_preprocessor)  # images are normalised in float32
+        backbone = backbone_of(model)
         if config["bf16"].get("enabled"):
-            # Within the model: the engine ends regions that begin outside it. Norms, losses and sampling stay float32.
-            model.forward = torch.autocast(torch.device(get_device()).type, torch.bfloat16)(model.forward)
-        with _scalars_allowed(model, config["zero_optimization"]["stage"]):
+            # Within the model: the engine ends regions that begin outside it.
+            if backbone is None:
+                model.forward = torch.autocast(torch.device(get_device()).type, torch.bfloat16)(model.forward)
+            else:
+                backbone.compute_dtype = torch.bfloat16
+                compute_in_float32(model, leave_out=backbone)
+        stage = config["zero_optimization"]["stage"]
+        hooks = _GatheringHooks(model)
+        with _scalars_allowed(model, stage):
             engine, *_ = deepspeed.initialize(model=model, optimizer=wrapper.optimizer, config=config)
+        if stage == 3:
+            hooks.drop_needless()
+            self.register_hook(WholeParametersHook(model, hooks))
         engine.module.data_preprocessor = preprocess
+        if backbone is not None:
+            _keep_statistics(model, leave_out=backbone)
         engine.checkpoint_engine.load = _safe_loading(engine.optimizer)
         wrapper.engine = engine
         self.model = ZeROModel(engine)

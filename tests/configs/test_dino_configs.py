@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("mmdet", reason="needs the detection extra")
 
 from piip.integrations.mmdet_dino import PIIPDINO, PIIPDINOHead, released_names, released_shapes, to_released
+from piip.integrations.precision import bfloat16_backbone
 
 # isort: split
 from mmdet.registry import MODELS
@@ -173,9 +174,13 @@ def test_neck_and_head_stay_in_float32_beside_a_backbone_in_bfloat16(source):
     def detect(maps: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         return source.bbox_head(**source.forward_transformer(maps, samples))
 
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    seen = []
+    hook = source.backbone.merge.register_forward_hook(lambda *args: seen.append(args[2].dtype))
+    with torch.no_grad(), bfloat16_backbone(source):
         maps = source.extract_feat(torch.rand(2, 3, 64, 96))
         found = detect(maps)
+    hook.remove()
+    assert seen == [torch.bfloat16]
     assert {level.dtype for level in (*maps, *found)} == {torch.float32}
     with torch.no_grad():
         for one, other in zip(found, detect(maps), strict=True):

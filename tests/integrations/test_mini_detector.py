@@ -71,9 +71,10 @@ custom_hooks = [
 def test_two_processes_train_resume_and_are_evaluated_by_one(engine, precision, config, tool, losses, tmp_path):
     """The loss falls, ranks agree, a killed run continues its curve, one plain process reads the checkpoint."""
     path = config(VIT, CURVE)
-    train = ("bash", TOOLS / "dist_train.sh", path, "2", "--no-validate", *engine, *precision)
+    train = ("bash", TOOLS / "dist_train.sh", path, "2", *engine, *precision)
     whole = tool(*train, "--work-dir", "whole", "--cfg-options", "custom_hooks.0.path=whole")
     assert whole.returncode == 0, whole.stderr
+    assert whole.stdout.count("Evaluating bbox") == 5  # and training goes on alike, whatever was found
     ends = [torch.load(tmp_path / f"end.{rank}") for rank in range(2)]
     assert len(ends[0]) > 300
     for name, parameter in ends[0].items():
@@ -94,7 +95,7 @@ def test_two_processes_train_resume_and_are_evaluated_by_one(engine, precision, 
 
     run = tool(sys.executable, TOOLS / "test.py", path, "run/iter_10.pth", "--eval", "bbox")
     assert run.returncode == 0, run.stderr
-    assert "coco/bbox_mAP_50" in run.stdout
+    assert "Evaluating bbox" in run.stdout
     tolerance = {"rtol": 0.0, "atol": 0.0} if not precision else {"rtol": 0.01, "atol": 1e-6}  # of masters and bfloat16
     state = read_state_dict(tmp_path / "run" / "iter_10.pth")
     for name, parameter in ends[0].items():
