@@ -1,5 +1,6 @@
 """What a model costs: parameters and multiply-adds, part by part, as it really runs and as the papers count."""
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any, Literal, NamedTuple
@@ -110,19 +111,8 @@ def as_run(spec: Spec, size: tuple[int, int] | None = None, *, model: str = "den
         ValueError: The size leaves a branch without a token.
     """
     network, images = _on_meta(model, spec, size, options)
-    counter = FlopCounterMode(display=False)
     names = {id(module): name for name, module in network.named_modules()}
-    sampled: dict[int, int] = {}
-
-    def count_sampling(module: Any, given: tuple[Any, ...], out: Tensor) -> None:
-        cells, width = given[0].shape[1], module.value_proj.out_features
-        sampled[id(module)] = 4 * module.points * cells * width  # bilinear: four neighbours of every point
-
-    for module in network.modules():
-        if isinstance(module, DeformableCrossAttention):
-            module.register_forward_hook(count_sampling)
-    with torch.no_grad(), counter:
-        network(images)
+    counter, sampled = _count(network, images)
     flops = counter.get_flop_counts()
 
     def macs(module: nn.Module) -> int:
@@ -136,6 +126,36 @@ def as_run(spec: Spec, size: tuple[int, int] | None = None, *, model: str = "den
         return Cost(params, sum(map(macs, group)) + sum(sampled.get(id(module), 0) for module in inner))
 
     return _with_total({part: cost(group) for part, group in parts_of(network).items()})
+
+
+def count_macs(network: nn.Module, images: Tensor) -> int:
+    """Count what :func:`as_run` counts in one forward pass of any network, the meta device included.
+
+    Args:
+        network: With its input `images`, on one device.
+        images: `(B, 3, H, W)`.
+    """
+    counter, sampled = _count(network, images)
+    return counter.get_total_flops() // 2 + sum(sampled.values())
+
+
+def _count(network: nn.Module, images: Tensor) -> tuple[FlopCounterMode, dict[int, int]]:
+    """Run a network; returns the counter of products, and the multiply-adds of sampling by the id of the module."""
+    counter = FlopCounterMode(display=False)
+    sampled: dict[int, int] = defaultdict(int)
+
+    def count_sampling(module: Any, given: tuple[Any, ...], out: Tensor) -> None:
+        batch, cells = given[0].shape[:2]
+        # Bilinear: four neighbours of every point.
+        sampled[id(module)] += 4 * module.points * batch * cells * module.value_proj.out_features
+
+    attentions = [module for module in network.modules() if isinstance(module, DeformableCrossAttention)]
+    hooks = [attention.register_forward_hook(count_sampling) for attention in attentions]
+    with torch.no_grad(), counter:
+        network(images)
+    for hook in hooks:
+        hook.remove()
+    return counter, sampled
 
 
 # The counter of the published tables. It sees modules of exactly these types, at each call; GELU, softmax, RMSNorm and

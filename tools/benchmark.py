@@ -258,15 +258,15 @@ def draw(records: Sequence[dict[str, Any]], peaks: dict[str, MatmulPeak], path: 
     axes = figure.add_subplot()
     factors = [r["batch"] * (3 if r["mode"] == "train" else 1) for r in records]
     macs = [r["macs"] * factor / 1e9 for r, factor in zip(records, factors, strict=True)]
+    limit = max(macs) * 1.3  # room for the last label
     for dtype, peak in peaks.items():
-        limit = max(macs) * 1.1
         axes.plot([0, limit], [0, limit * 1e9 / peak.rate], "--", linewidth=1, label=f"matrix-multiply peak, {dtype}")
     for x, record in zip(macs, records, strict=True):
         label = record["spec"].rpartition("/")[2]
         text = label if record["variant"] == "default" else f"{label} {record['variant']}"
         axes.plot(x, record["median_s"], "o")
         axes.annotate(text, (x, record["median_s"]), xytext=(4, 4), textcoords="offset points", fontsize=7)
-    axes.set(xlabel="multiply-adds that run, 1e9", ylabel="median seconds", xlim=(0, None), ylim=(0, None))
+    axes.set(xlabel="multiply-adds that run, 1e9", ylabel="median seconds", xlim=(0, limit), ylim=(0, None))
     axes.legend(loc="upper left", fontsize=8)
     figure.tight_layout()
     figure.savefig(path)

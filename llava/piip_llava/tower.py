@@ -5,7 +5,6 @@ Each tower says how many tokens an image becomes and what its encoder costs, so 
 numbers of tokens.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -14,17 +13,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from piip.branches import Branch
+from piip.budget import count_macs
 from piip.errors import SpecError, unknown
 from piip.tokens import Tokens
 from piip.zoo.specs import PyramidSpec, build_branch, build_pyramid, resolve_spec
-
-
-def _sampling_flops(value: tuple[int, ...], grid: tuple[int, ...], *_: Any, out_shape: Any = None, **__: Any) -> int:
-    """Count bilinear sampling: four neighbours, one multiply-add each, in the counter's unit of half a one."""
-    return 8 * math.prod(out_shape)
 
 
 class TowerCost(NamedTuple):
@@ -255,14 +249,11 @@ def complete_tower(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def measure(tower: Mapping[str, Any]) -> TowerCost:
     """Count what a tower costs for one image, on the meta device: no memory or time is spent on weights."""
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.grid_sampler_2d: _sampling_flops})
     with torch.device("meta"):
         built = build_tower(tower).eval()
         images = torch.empty(1, 3, built.image_size, built.image_size)
-    with torch.no_grad(), counter:
-        built(images)
     params = sum(p.numel() for p in built.parameters())
-    return TowerCost(num_tokens(built), params, counter.get_total_flops() // 2)
+    return TowerCost(num_tokens(built), params, count_macs(built, images))
 
 
 def num_tokens(tower: VisionTower, out_size: int | None = None) -> int:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from piip.budget import published
+from piip.budget import as_run, published
 from piip.checkpoint import difference
 from piip.errors import SpecError
 from piip.zoo.released import ROWS as PUBLISHED
@@ -68,6 +68,8 @@ def test_a_tower_reports_tokens_and_cost(name, tokens):
     cost = measure(ROWS[name].tower)
     assert cost.tokens == tokens
     assert 180e9 < cost.macs < 195e9
+    if ROWS[name].tower["type"] == "pyramid":
+        assert cost.macs == as_run(ROWS[name].tower["spec"], model="tower")["total"].macs
 
 
 def test_tokens_and_cost_of_s2_at_equal_tokens():

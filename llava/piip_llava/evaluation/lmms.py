@@ -49,6 +49,9 @@ class PiipLlavaLmms(lmms):
         self.model, self.processor = model, processor
         self.batch_size = int(batch_size or 1)
 
+    def clean(self) -> None:
+        """Keep the model, which lmms-eval would drop after a run: the next benchmark asks it too."""
+
     def generate_until(self, requests: list[Any]) -> list[str]:
         """Return the answer to every request, in the requests' order."""
         # Together go requests with the same options; long prompts first, so that memory runs out at once or never.
