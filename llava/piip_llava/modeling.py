@@ -51,6 +51,10 @@ class PiipLlavaForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 config.projector, self.vision_tower.dims, config.get_text_config().hidden_size
             )
         self.language_model = language_model or AutoModelForCausalLM.from_config(config.get_text_config())
+        if self.language_model.config._attn_implementation is None:
+            # A new configuration around one with a choice of attention clears that choice; without any, the language
+            # model would have no causal mask, and learn to look its answers up.
+            self.language_model.set_attn_implementation(config._attn_implementation or "sdpa")
         # A language model inside names its own shared, missing and split parts; they apply here under a prefix.
         tied = getattr(self.language_model, "_tied_weights_keys", None) or {}
         prefix = "language_model."

@@ -209,6 +209,7 @@ def build(
             image_aspect_ratio=data.image_aspect_ratio,
             sequence_length=limit,
             dtype=dtype,
+            attn_implementation=language_model.config._attn_implementation,
             **{name: getattr(language_model.config, name, None) for name in ids},
             **row.statistics,
         )

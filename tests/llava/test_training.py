@@ -17,7 +17,7 @@ from piip_llava import PiipLlavaForConditionalGeneration
 from piip_llava.adapter import load_adapter, save_adapter
 from piip_llava.rows import ROWS
 from piip_llava.tower import complete_tower
-from piip_llava.training import ModelArguments, freeze, last_checkpoint, main, read_row
+from piip_llava.training import DataArguments, ModelArguments, build, freeze, last_checkpoint, main, read_row
 
 LLAVA = Path(__file__).parents[2] / "llava"
 
@@ -77,6 +77,21 @@ def test_both_stages_and_what_they_train(start, tmp_path):
     assert loaded.config.image_aspect_ratio == "pad"
     gates = [p for n, p in loaded.named_parameters() if n.endswith("gamma") and ".units." in n]
     assert all(p.any() for p in gates)
+
+
+@pytest.mark.parametrize("attention", [None, "sdpa", "eager"])
+def test_what_is_trained_reads_no_answer_before_it_gives_it(start, attention):
+    config, data = start
+    args = ModelArguments(vision_tower=str(config), attention=attention)
+    model, _ = build(args, DataArguments(data_path=str(data)), 128, torch.float32)
+    assert model.language_model.config._attn_implementation == (attention or "sdpa")
+    ids = torch.arange(10, 22)[None]
+    changed = ids.clone()
+    changed[0, 8] = 50
+    model.train()
+    with torch.no_grad():
+        one, other = (model(input_ids=x, attention_mask=torch.ones_like(x)).logits for x in (ids, changed))
+    assert torch.equal(one[:, :8], other[:, :8]) and not torch.equal(one[:, 8:], other[:, 8:])
 
 
 def test_the_original_s_first_stage(start, tmp_path):
