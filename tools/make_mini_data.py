@@ -406,7 +406,9 @@ def write_llava(folder: Path, split: str, scenes: Iterable[Scene]) -> None:
         asked = ask(scene)
         common = {"id": f"{split}_{scene.index:06d}", "image": image}
         turns = []
-        for number, (_, question, answer) in enumerate(asked):
+        # Each in turn comes first, as every held-out question does.
+        first = scene.index % len(asked)
+        for number, (_, question, answer) in enumerate(asked[first:] + asked[:first]):
             turns.append({"from": "human", "value": question if number else f"<image>\n{question}"})
             turns.append({"from": "gpt", "value": answer})
         chats.append({**common, "conversations": turns})

@@ -241,6 +241,8 @@ def test_llava_conversations_and_held_out_questions(made):
             turns = sample["conversations"]
             assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
             assert ["<image>" in turn["value"] for turn in turns] == [True] + [False] * (len(turns) - 1)
+    first = {sample["conversations"][0]["value"] for sample in read_json(root / "train.json")}
+    assert len(first) > 1  # as the held-out questions, each of which is a conversation of its own
     questions = [json.loads(line) for line in (root / "val.jsonl").read_text().splitlines()]
     assert [question["question_id"] for question in questions] == list(range(len(questions)))
     annotations = read_json(made / "coco" / "annotations" / "instances_val.json")["annotations"]
