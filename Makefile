@@ -69,7 +69,7 @@ demo: setup ## train, evaluate and draw with a small three-branch detector on re
 demo-seg: setup ## the same with a small segmentor (CPU, about 10 minutes)
 	$(BIN)/python tools/demo.py --task segmentation $(DEMO_ARGS)
 
-demo-cls: setup ## train and evaluate a small three-branch classifier on real images (CPU, some minutes)
+demo-cls: setup ## train and evaluate a small three-branch classifier on real images (CPU, about 7 minutes)
 	$(BIN)/python tools/demo_cls.py $(DEMO_ARGS)
 
 demo-llava: setup ## train a tiny PIIP-LLaVA in both stages and ask it about held-out images (CPU, about 10 minutes)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Classification on real images, from nothing, on a CPU: a mini pyramid beside one branch of as many multiply-adds.
 
-    python tools/demo_cls.py            # some minutes on 2 cores; results in work_dirs/demo-cls
+    python tools/demo_cls.py            # about 7 minutes on 2 cores; results in work_dirs/demo-cls
     python tools/demo_cls.py --seed 1   # another run, in work_dirs/demo-cls-seed1
 
 Both are trained by `classification/main.py` with the same options, on handwritten digits pasted on photographs. The
