@@ -92,9 +92,9 @@ def test_resumes_exactly_after_sigkill(config, tool, losses, tmp_path):
 FIXED = """
 custom_imports = dict(imports=["piip.integrations.mmseg", "toy_task"], allow_failed_imports=False)
 norm = dict(type="GN", num_groups=8)
-model = dict(
-    backbone=dict(pretrained=None), decode_head=dict(norm_cfg=norm), auxiliary_head=dict(norm_cfg=norm)
-)
+# Without class weights, the loss is an average over images.
+head = dict(norm_cfg=norm, loss_decode=dict(class_weight=None))
+model = dict(backbone=dict(pretrained=None), decode_head=head, auxiliary_head=head)
 pipeline = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations"), dict(type="PackSegInputs")]
 train_dataloader = dict(sampler=dict(shuffle=False), num_workers=0, dataset=dict(pipeline=pipeline))
 optim_wrapper = dict(_delete_=True, type="OptimWrapper", optimizer=dict(type="SGD", lr=0.05))
