@@ -36,6 +36,7 @@ EXTRAS = {
     "export": ["onnx>=1.19", "onnxruntime>=1.23", "onnxscript>=0.5"],
     "dev": [
         # tests
+        "psutil>=5.9",
         "pytest>=9",
         "pytest-xdist>=3.8",
         "fvcore>=0.1.5.post20221221",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, distributed
 
 from piip.errors import RunError
-from piip.integrations.process import export_slurm_ranks
+from piip.integrations.process import export_slurm_ranks, settle_before_forks
 
 CPU = torch.device("cpu")
 
@@ -65,5 +65,6 @@ def join(args: argparse.Namespace) -> Processes:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if count > 1 and not distributed.is_initialized():
+        settle_before_forks()
         distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
     return Processes(rank, count, device)

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from piip.errors import CheckpointError, SpecError, unknown
+from piip.integrations.process import settle_before_forks
 from piip_llava import released
 from piip_llava.adapter import load_adapter, save_adapter
 from piip_llava.config import PiipLlavaConfig
@@ -295,7 +296,10 @@ def save(trainer: LlavaTrainer, processor: PiipLlavaProcessor, args: ModelArgume
 def start_processes(args: LlavaTrainingArguments) -> None:
     """Start the process group: ZeRO-3 splits weights as they are loaded, before the trainer exists."""
     log.info("training on %s", args.device)  # asking for the device starts it
-    if args.deepspeed and torch.distributed.is_initialized():
+    if not torch.distributed.is_initialized():
+        return
+    settle_before_forks()
+    if args.deepspeed:
         import deepspeed
 
         deepspeed.init_distributed(dist_backend=torch.distributed.get_backend())

@@ -8,8 +8,10 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -59,6 +61,18 @@ def seeded(*entropy: int) -> Iterator[None]:
         random.setstate(before[0])
         np.random.set_state(before[1])
         torch.set_rng_state(before[2])
+
+
+@cache
+def settle_before_forks() -> None:
+    """From now on, let the threads of the process group come to rest before this process forks a data worker.
+
+    Before Python 3.12 (and 3.11.8), a fork that falls into the moment in which another thread enters the interpreter
+    leaves a worker that waits for ever (python/cpython#112275). The threads of gloo and NCCL do so just after a
+    collective, when they release the last reference to a tensor: at the end of an epoch, that is when workers start.
+    """
+    if sys.version_info < (3, 12) and hasattr(os, "register_at_fork"):
+        os.register_at_fork(before=partial(time.sleep, 0.05))  # long for a thread, short beside the start of a worker
 
 
 def end_with_parent(parent: int, then: Callable[[int], None] | None, worker: int) -> None:

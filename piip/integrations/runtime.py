@@ -42,7 +42,7 @@ from piip.integrations.files import finish
 from piip.integrations.finite import StopAtNaNHook
 from piip.integrations.images import SkippedImagesHook, check_images
 from piip.integrations.precision import bfloat16_backbone
-from piip.integrations.process import export_slurm_ranks, random_state
+from piip.integrations.process import export_slurm_ranks, random_state, settle_before_forks
 from piip.integrations.resume import ExactResumeHook, ResumableEpochLoop, ResumableIterLoop
 from piip.integrations.saving import WholeCheckpointHook, install_safe_loading
 
@@ -64,6 +64,7 @@ def start_distributed(launcher: str, env_cfg: Mapping[str, Any]) -> None:
     """
     if launcher == "none" or is_distributed():
         return
+    settle_before_forks()
     # Before init_dist, which would otherwise settle for the slow `spawn`.
     set_multi_processing(**env_cfg.get("mp_cfg", {}), distributed=True)
     dist_cfg = dict(env_cfg.get("dist_cfg", {}))

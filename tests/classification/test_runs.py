@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import ClassVar
@@ -13,6 +12,7 @@ from typing import ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
+from commands import run_command
 from tiny_classifier import FEW, PLAIN, write_images
 
 from piip import Classifier, create_model
@@ -223,9 +223,8 @@ def test_wandb_has_to_be_installed(cls, capsys, monkeypatch):
 
 def torchrun(processes: int, cwd: Path, *options: object) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += [str(word) for word in (ROOT / "classification/main.py", *FEW, *options)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+    command += [ROOT / "classification/main.py", *FEW, *options]
+    done = run_command(command, cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
 
 

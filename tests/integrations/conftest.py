@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import run_command
 
 ROOT = Path(__file__).resolve().parents[2]
 TOY = Path(__file__).with_name("toy")
@@ -51,9 +52,7 @@ def tool(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     def run(*command: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
         path = os.pathsep.join(filter(None, (str(TOY), os.environ.get("PYTHONPATH"))))
         environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, **variables}
-        return subprocess.run(
-            [str(part) for part in command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
-        )
+        return run_command(command, cwd=tmp_path, env=environment)
 
     return run
 

@@ -1,7 +1,10 @@
 """Checkpoints are whole, plain and read safely; runs start only where they may; precision and limits of the runner."""
 
 import json
+import os
 import pickle
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ from mmengine.runner import checkpoint as stock_checkpoint
 import piip.integrations.runtime  # noqa: F401  (makes mmengine's loaders safe)
 from piip.errors import CheckpointError
 from piip.integrations.preflight import RUN_FILE, RunError, check_data, claim_work_dir
-from piip.integrations.process import random_state, seeded, set_random_state
+from piip.integrations.process import random_state, seeded, set_random_state, settle_before_forks
 from piip.integrations.saving import load_from_file
 
 
@@ -54,6 +57,26 @@ def test_seeded_draws_the_same_and_leaves_no_trace():
     expected = draws()
     set_random_state(before)
     assert draws() == expected
+
+
+def test_threads_settle_before_each_fork(monkeypatch):
+    """Without it, about one of ten thousand data workers never started: the next batch was awaited for ever."""
+    hooks = []
+    monkeypatch.setattr(os, "register_at_fork", lambda before: hooks.append(before))
+    settle_before_forks.cache_clear()
+    for version, expected in (((3, 12, 0), 0), ((3, 11, 7), 1), ((3, 11, 7), 1)):
+        monkeypatch.setattr(sys, "version_info", version)
+        settle_before_forks()
+        if not expected:
+            settle_before_forks.cache_clear()
+        assert len(hooks) == expected
+    slept = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    settle_before_forks.cache_clear()
+    settle_before_forks()
+    settle_before_forks.cache_clear()
+    hooks[1]()
+    assert slept and slept[0] >= 0.01
 
 
 def test_own_checkpoints_hold_plain_values(toy):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import run_command
 from safetensors.torch import load_file
 from tiny import TOWER, tiny_model, write_data, write_start
 
@@ -240,7 +241,7 @@ def test_two_processes_with_deepspeed_save_what_one_trains(start, tmp_path):
         command += [str(LLAVA / "train.py"), *options(start, out, per_device_train_batch_size=1, **given)]
         command += ["--deepspeed", str(LLAVA / "scripts" / f"{stage}.json"), "--ddp_backend", "gloo"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500, check=False)
+        run = run_command(command, env=environment)
         assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
         results[stage] = PiipLlavaForConditionalGeneration.from_pretrained(out, dtype=torch.float32)
     assert main(options(start, tmp_path / "one", per_device_train_batch_size=2, **given)) == 0
