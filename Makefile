@@ -72,7 +72,7 @@ demo-seg: setup ## the same with a small segmentor (CPU, about 10 minutes)
 demo-cls: setup ## train and evaluate a small three-branch classifier on real images (CPU, about 7 minutes)
 	$(BIN)/python tools/demo_cls.py $(DEMO_ARGS)
 
-demo-llava: setup ## train a tiny PIIP-LLaVA in both stages and ask it about held-out images (CPU, about 10 minutes)
+demo-llava: setup ## train a tiny PIIP-LLaVA in both stages and ask it about held-out images (CPU, about 7 minutes)
 	$(BIN)/python tools/demo_llava.py $(DEMO_ARGS)
 
 test: setup ## run the tests, without the slow ones

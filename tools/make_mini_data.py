@@ -17,8 +17,9 @@ Each layout is a folder of its own below the output folder:
     ade/          images/{training,validation}/*.jpg, annotations/{training,validation}/*.png as in ADE20K: 0 is
                   unlabelled (not used here), 1 is background, 2 ... 11 are zero ... nine; mmseg's `reduce_zero_label`
                   turns that into background = 0, zero ... nine = 1 ... 10
-    llava/        images/{train,val}/*.jpg, train.json (questions), pretrain.json (captions), val.jsonl (held-out
-                  questions with their answers)
+    llava/        images/{train,val}/*.jpg, train.json (questions), pretrain.json (captions), in_words.json (every
+                  training image as a text of 16 words, to train a language model on), val.jsonl (held-out questions
+                  with their answers)
 
 Beside them lies manifest.json: the options, and the photograph and the digits of every image. The same options give
 the same bytes (with the same Pillow); image number i does not depend on how many images follow it.
@@ -400,6 +401,7 @@ def write_llava(folder: Path, split: str, scenes: Iterable[Scene]) -> None:
     chats: list[dict[str, Any]] = []
     captions: list[dict[str, Any]] = []
     questions: list[dict[str, Any]] = []
+    pictures: dict[str, str] = {}
     for scene in scenes:
         image = f"{split}/{scene.index:06d}.jpg"
         save_jpeg(scene.image, folder / "images" / image)
@@ -414,12 +416,14 @@ def write_llava(folder: Path, split: str, scenes: Iterable[Scene]) -> None:
         chats.append({**common, "conversations": turns})
         caption = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": describe(scene)}]
         captions.append({**common, "conversations": caption})
+        pictures[common["id"]] = draw_in_words(scene)
         for category, question, answer in asked:
             entry = {"question_id": len(questions), "image": image, "text": question, "answer": answer}
             questions.append({**entry, "category": category})
     if split == "train":
         save_json(chats, folder / "train.json")
         save_json(captions, folder / "pretrain.json")
+        save_json(pictures, folder / "in_words.json")
     else:
         lines = "".join(json.dumps(question) + "\n" for question in questions)
         (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8")
@@ -444,6 +448,18 @@ def ask(scene: Scene) -> list[tuple[str, str, str]]:
         if names.count(here) == 1 and gaps[rank - 1] and (rank == 1 or gaps[rank - 2]):
             found.append(("left of", f"Which digit is directly left of the {here}?", before))
     return found
+
+
+def draw_in_words(scene: Scene, side: int = 4) -> str:
+    """Return a scene as `side` x `side` words, row by row: the digit that covers most of a cell of the image.
+
+    A cell of which no digit covers 8 % is "none".
+    """
+    cover = np.stack(
+        [Image.fromarray(np.float32(mask)).resize((side, side), Image.Resampling.BOX) for mask in scene.masks]
+    )
+    words = np.array([CLASSES[label] for label in scene.labels])
+    return " ".join(np.where(cover.max(axis=0) >= 0.08, words[cover.argmax(axis=0)], "none").flat)
 
 
 def describe(scene: Scene) -> str:

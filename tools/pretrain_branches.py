@@ -25,10 +25,11 @@ from piip.branches import Branch
 from piip.zoo.specs import PyramidSpec, build_branch, resolve_spec
 
 
-def load_split(folder: Path) -> tuple[Tensor, Tensor]:
-    """Return the images `(N, 3, H, W)`, uint8, and the labels `(N,)` of an image folder, all of one size."""
+def load_split(folder: Path, scale: float) -> tuple[Tensor, Tensor]:
+    """Return the images `(N, 3, H, W)`, uint8, of an image folder, which are of one size, scaled; and labels `(N,)`."""
     samples = ImageFolder(folder)
-    return torch.stack([pil_to_tensor(image) for image, _ in samples]), torch.tensor(samples.targets)
+    images = (image.resize([round(scale * side) for side in image.size]) for image, _ in samples)
+    return torch.stack([pil_to_tensor(image) for image in images]), torch.tensor(samples.targets)
 
 
 def batches(images: Tensor, labels: Tensor, size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
@@ -56,9 +57,9 @@ def accuracy(branch: Branch, head: nn.Module, images: Tensor, labels: Tensor) ->
     return float((found == labels).float().mean())
 
 
-def pretrain(branch: Branch, data: Path, epochs: int, batch_size: int, lr: float, seed: int) -> float:
-    """Train a branch in place; returns its accuracy on the held-out split."""
-    images, labels = load_split(data / "train")
+def pretrain(branch: Branch, data: Path, scale: float, epochs: int, batch_size: int, lr: float, seed: int) -> float:
+    """Train a branch in place, on images scaled by `scale`; returns its accuracy on the held-out split."""
+    images, labels = load_split(data / "train", scale)
     head = nn.Sequential(nn.LayerNorm(branch.dims[-1]), nn.Linear(branch.dims[-1], int(labels.max()) + 1))
     parameters = [*branch.parameters(), *head.parameters()]
     steps = epochs * -(-len(labels) // batch_size)
@@ -75,7 +76,7 @@ def pretrain(branch: Branch, data: Path, epochs: int, batch_size: int, lr: float
             nn.utils.clip_grad_norm_(parameters, 5.0)
             optimizer.step()
             schedule.step()
-    return accuracy(branch, head, *load_split(data / "val"))
+    return accuracy(branch, head, *load_split(data / "val", scale))
 
 
 def main() -> None:
@@ -88,15 +89,23 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scaled", action="store_true", help="smaller images for the branches of lower resolutions")
     args = parser.parse_args()
     from piip.integrations.config import read_config  # here: the specs of other tasks need no mmengine
 
     spec = resolve_spec(read_config(args.config).model.backbone.spec.to_dict())
-    pretrain_all(spec, args.data, args.out, args.epochs, args.batch_size, args.lr, args.seed)
+    pretrain_all(spec, args.data, args.out, args.epochs, args.batch_size, args.lr, args.seed, args.scaled)
 
 
 def pretrain_all(
-    spec: PyramidSpec, data: Path, out: Path, epochs: int = 12, batch_size: int = 64, lr: float = 1e-2, seed: int = 0
+    spec: PyramidSpec,
+    data: Path,
+    out: Path,
+    epochs: int = 12,
+    batch_size: int = 64,
+    lr: float = 1e-2,
+    seed: int = 0,
+    scaled: bool = False,
 ) -> None:
     """Pretrain every branch of a spec and save it under the file name that the spec gives it.
 
@@ -108,15 +117,20 @@ def pretrain_all(
         batch_size: Images per step.
         lr: Highest learning rate.
         seed: Seed of weights and order.
+        scaled: Whether only the branch of the highest resolution sees the images as they are, and the others see them
+            smaller, as they see the same object in the pyramid: for objects of about one size. Otherwise all see them
+            as they are, which serves objects of all sizes.
     """
     out.mkdir(parents=True, exist_ok=True)
+    highest = max(branch.resolution for branch in spec.branches)
     for i, branch_spec in enumerate(spec.branches):
         if branch_spec.weights is None:
             continue
         start = time.monotonic()
         torch.manual_seed(seed + i)
         branch = build_branch(branch_spec)
-        result = pretrain(branch, data, epochs, batch_size, lr, seed)
+        scale = branch_spec.resolution / highest if scaled else 1.0
+        result = pretrain(branch, data, scale, epochs, batch_size, lr, seed)
         save_file(branch.state_dict(), out / branch_spec.weights)
         size = sum(p.numel() for p in branch.parameters()) / 1e6
         seconds = time.monotonic() - start

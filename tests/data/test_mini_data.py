@@ -253,18 +253,39 @@ def test_llava_conversations_and_held_out_questions(made):
             assert int(question["answer"]) == sum(entry["image_id"] == image_id for entry in annotations)
 
 
+def scene_of(tool, boxes, labels):
+    """A scene of 100 px whose digits fill their boxes."""
+    masks = np.zeros((len(labels), 100, 100), dtype=bool)
+    for mask, (x0, y0, x1, y1) in zip(masks, boxes, strict=True):
+        mask[y0:y1, x0:x1] = True
+    return tool.Scene(
+        index=0,
+        image=np.zeros((100, 100, 3), dtype=np.uint8),
+        masks=masks,
+        boxes=np.array(boxes),
+        labels=np.array(labels),
+        digits=np.array(labels),
+        photo="",
+    )
+
+
+def test_pictures_in_words_show_each_digit_at_its_place(tool, made):
+    # Three fills the first cell and 8 of 25 px of the next, of which seven covers more; and 2 of 25 px of the last row.
+    scene = scene_of(tool, [[0, 0, 33, 25], [35, 5, 50, 77]], [3, 7])
+    rows = ["three seven none none", "none seven none none", "none seven none none", "none none none none"]
+    assert tool.draw_in_words(scene) == " ".join(rows)
+    pictures = read_json(made / "llava" / "in_words.json")
+    samples = read_json(made / "llava" / "pretrain.json")
+    assert [*pictures] == [sample["id"] for sample in samples]
+    for sample in samples:
+        words = pictures[sample["id"]].split()
+        assert len(words) == 16
+        assert all(word == "none" or word in sample["conversations"][1]["value"] for word in words)
+
+
 def test_questions_have_one_answer(tool):
     def ask(boxes, labels):
-        scene = tool.Scene(
-            index=0,
-            image=np.zeros((100, 100, 3), dtype=np.uint8),
-            masks=np.zeros((len(labels), 100, 100), dtype=bool),
-            boxes=np.array(boxes),
-            labels=np.array(labels),
-            digits=np.array(labels),
-            photo="",
-        )
-        return {question: answer for _, question, answer in tool.ask(scene)}
+        return {question: answer for _, question, answer in tool.ask(scene_of(tool, boxes, labels))}
 
     assert ask([[50, 0, 90, 40], [10, 0, 30, 20]], [7, 3]) == {
         "How many digits are in the image?": "2",

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensors import relative_difference
 
 pytestmark = pytest.mark.distributed
 
@@ -14,12 +15,6 @@ CONFIG = Path(__file__).with_name("toy") / "toy.py"
 
 # Equality with one process: nothing random in data or model, a fixed order, and a loss that averages over images.
 FIXED = ("model.dropout=0", "train_dataloader.dataset.noise=0", "train_dataloader.sampler.shuffle=False")
-
-
-def relative_difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
-    """Relative L2 difference over all tensors together."""
-    one, other = (torch.cat([tensor.flatten() for tensor in tensors]) for tensors in (one, other))
-    return ((one - other).norm() / one.norm()).item()
 
 
 def test_two_processes_train_as_one_with_twice_the_batch(tool, tmp_path):

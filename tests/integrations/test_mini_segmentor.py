@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensors import relative_difference
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ROOT / "mmsegmentation" / "tools"
@@ -104,11 +105,6 @@ train_cfg = dict(max_iters=20, val_interval=20)
 """
 
 
-def difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
-    one, other = (torch.cat([tensor.flatten() for tensor in tensors]) for tensors in (one, other))
-    return ((one - other).norm() / one.norm()).item()
-
-
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_train_as_one_with_twice_the_batch(config, tool, tmp_path):
@@ -127,9 +123,9 @@ def test_two_processes_train_as_one_with_twice_the_batch(config, tool, tmp_path)
     assert two.returncode == 0, two.stderr
     gradients = [torch.load(tmp_path / f"{name}.gradients.0") for name in ("one", "two")]
     assert len(gradients[0]) > 200 and gradients[0].keys() == gradients[1].keys()
-    first = difference([*gradients[0].values()], [*gradients[1].values()])
+    first = relative_difference([*gradients[0].values()], [*gradients[1].values()])
     ends = [torch.load(tmp_path / f"{name}.end.0") for name in ("one", "two")]
-    last = difference([*ends[0].values()], [*ends[1].values()])
+    last = relative_difference([*ends[0].values()], [*ends[1].values()])
     print(f"first gradients {first:.1e}, after 20 steps {last:.1e}")
     assert first < 1e-5 and last < 1e-4
 
