@@ -19,10 +19,14 @@ class RunError(RuntimeError):
     """Whether every process of the run meets it, so that the first one reports it for all."""
 
 
-class FileError(RunError):
-    """A file of the data is not usable; the message names it."""
+class OwnError(RunError):
+    """One process of several may meet this alone, so that it reports it itself."""
 
     common = False
+
+
+class FileError(OwnError):
+    """A file of the data is not usable; the message names it."""
 
     def __init__(self, message: str) -> None:
         # torch hands an error of a data-loading process on as a whole traceback, which ends in the message.

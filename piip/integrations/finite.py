@@ -9,14 +9,12 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from piip.errors import RunError
+from piip.errors import OwnError
 from piip.integrations.saving import latest_checkpoint
 
 
-class NotFiniteError(RunError):
+class NotFiniteError(OwnError):
     """A loss or a weight is NaN or infinite; the message names the step."""
-
-    common = False
 
 
 @HOOKS.register_module()

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from piip.checkpoint import read_state_dict
+from piip.checkpoint import load_checkpoint
 from piip.errors import CheckpointError, DownloadError, SpecError, unknown
 from piip.models import MODELS, PyramidModel
 from piip.zoo.released import find_source
@@ -126,13 +126,9 @@ def from_pretrained(
             model = MODELS[config["model"]](config["spec"], **{**config["options"], **options})
     except (SpecError, TypeError) as error:
         raise CheckpointError(f"{files[CONFIG]} describes no model that can be built: {error}") from None
-    model.to_empty(device="cpu")
     if config["released_form"]:
         model.use_released_form()
-    try:
-        model.load_state_dict(read_state_dict(files[WEIGHTS]))
-    except CheckpointError as error:
-        raise CheckpointError(f"{files[WEIGHTS]}: {error}") from None
+    load_checkpoint(model, files[WEIGHTS])
     return model
 
 

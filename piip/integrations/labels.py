@@ -48,6 +48,12 @@ class CheckedLabelLoader(LoadAnnotations):
 
     def _load_seg_map(self, results: dict[str, Any]) -> None:
         path = results["seg_map_path"]
+        own, data = self.reduce_zero_label, results["reduce_zero_label"]
+        if own is not None and own != data:  # mmseg asserts it, as it asserts that there is a file
+            raise BrokenLabelError(
+                f"reduce_zero_label is {data} for the data set of {path} and {own} for the LoadAnnotations of its "
+                "pipeline: set both to the same, or the second to None"
+            )
         try:
             if Path(path).exists():  # else it is in some store
                 self._check_numbers(path)
@@ -218,7 +224,9 @@ def _read_some(cfg: Config, dataset: Mapping[str, Any], name: str) -> None:
             "check data_prefix.img_path and img_suffix"
         )
     read = CheckedImageLoader(on_broken="skip")
-    (label,) = check_labels([{"type": "LoadAnnotations"}], cfg.model)
+    kinds = ("LoadAnnotations", "mmseg.LoadAnnotations")
+    own = [step for step in dataset.get("pipeline") or () if step.get("type") in kinds]
+    (label,) = check_labels(own[:1] or [{"type": "LoadAnnotations"}], cfg.model)
     check = TRANSFORMS.build(label)
     for i in np.linspace(0, len(built) - 1, min(len(built), _READ_BEFORE)).astype(int):
         results = read(built.get_data_info(int(i)))

@@ -11,7 +11,7 @@ from mmseg.models.segmentors import EncoderDecoder
 from mmseg.registry import MODELS
 from torch import Tensor
 
-from piip.errors import RunError
+from piip.errors import OwnError
 
 
 @MODELS.register_module()
@@ -25,13 +25,13 @@ class PIIPEncoderDecoder(EncoderDecoder):
         """Return the logits `(B, classes, H, W)`, averaged where windows overlap.
 
         Raises:
-            RunError: An image is smaller than the window.
+            OwnError: An image is smaller than the window.
         """
         window = tuple(self.test_cfg.crop_size)
         size = tuple(inputs.shape[-2:])
         if size[0] < window[0] or size[1] < window[1]:
             image = batch_img_metas[0].get("img_path") or "the image"
-            raise RunError(
+            raise OwnError(
                 f"{image} has {_size(size)} pixels (height x width) when it reaches the model, less than "
                 f"the slide window of {_size(window)}; let the test pipeline enlarge it "
                 f"(ResizeShortestEdge with scale={max(window)}), or set a smaller window with --cfg-options "

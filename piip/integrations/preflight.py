@@ -32,7 +32,7 @@ _PARSED_BYTES = 4 << 20  # An annotation file above this size is not empty.
 _CATEGORIES_BYTES = 4 << 20  # More than any list of categories takes; LVIS, with descriptions, needs 0.4 MB.
 
 
-def inner_datasets(config: Mapping[str, Any], name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def inner_datasets(config: dict[str, Any], name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the configs of the datasets proper, inside any wrappers, with their dotted names."""
     if "dataset" in config:
         yield from inner_datasets(config["dataset"], f"{name}.dataset")
@@ -200,11 +200,29 @@ def check_heads(model: Mapping[str, Any], classes: Sequence[str], name: str) -> 
         )
 
 
+def _check_alike(derived: Mapping[str, Sequence[str]]) -> None:
+    (first, expected), *others = derived.items()
+    for name, classes in others:
+        if classes != expected:
+            raise RunError(
+                f"the categories of the files differ, so labels would not mean the same: {first} has "
+                f"{shown(expected)}, {name} has {shown(classes)}; write the same categories, in the same order, into "
+                "every file, or choose some with metainfo=dict(classes=..., subset=True) in every dataset"
+            )
+
+
+def _derive_classes(name: str, path: Path, default: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of a file's categories, in its order; the data set's own names where they cannot be found."""
+    categories, _ = _read_categories(path, f"{name}.ann_file")
+    return tuple(default) if categories is None else tuple(category for _, category in categories)
+
+
 def check_classes(cfg: Config, loaders: Sequence[str]) -> None:
     """Check that the classes of the data are those of their files and of the model's heads.
 
-    Without this, COCO annotations of other names are left out in silence, and AP is 0. Files that are remote or not
-    JSON are not checked, nor are datasets that read theirs otherwise than CocoDataset. For segmentation, see
+    Where a dataset's config names no classes, they are those of its file, in its order, and are written into the
+    config. Without this, COCO annotations of other names are left out in silence, and AP is 0. Files that are remote
+    or not JSON are not checked, nor are datasets that read theirs otherwise than CocoDataset. For segmentation, see
     `piip.integrations.labels.check_segmentation`.
 
     Args:
@@ -224,6 +242,7 @@ def check_classes(cfg: Config, loaders: Sequence[str]) -> None:
     from mmdet.datasets import CocoDataset
     from mmdet.registry import DATASETS
 
+    derived: dict[str, tuple[str, ...]] = {}
     for loader in loaders:
         for name, dataset in inner_datasets(cfg[loader]["dataset"], f"{loader}.dataset") if cfg.get(loader) else ():
             kind = DATASETS.get(dataset["type"]) if isinstance(dataset["type"], str) else dataset["type"]
@@ -236,6 +255,10 @@ def check_classes(cfg: Config, loaders: Sequence[str]) -> None:
             classes = [metainfo["classes"]] if isinstance(metainfo["classes"], str) else metainfo["classes"]
             path = os.path.join(dataset.get("data_root") or "", file)
             if not _is_remote(path):
+                if "classes" not in (dataset.get("metainfo") or {}):
+                    derived[name] = classes = _derive_classes(name, Path(path), classes)
+                    dataset["metainfo"] = {**(dataset.get("metainfo") or {}), "classes": classes}
+                    _check_alike(derived)
                 _check_dataset(name, Path(path), classes, metainfo.get("subset", False))
             check_heads(cfg.model, classes, name)
 

@@ -37,7 +37,7 @@ from mmengine.runner import BaseLoop, Runner
 from mmengine.utils.dl_utils import set_multi_processing
 from torch import nn
 
-from piip.errors import CheckpointError, RunError
+from piip.errors import CheckpointError, OwnError, RunError
 from piip.integrations.files import finish
 from piip.integrations.finite import StopAtNaNHook
 from piip.integrations.images import SkippedImagesHook, check_images
@@ -71,7 +71,7 @@ def start_distributed(launcher: str, env_cfg: Mapping[str, Any]) -> None:
     if torch.cuda.is_available():
         local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
         if local_rank >= torch.cuda.device_count():
-            raise RunError(
+            raise OwnError(
                 f"process {local_rank} of this machine has no GPU: torch sees {torch.cuda.device_count()}; "
                 "start as many processes as there are GPUs"
             )

@@ -1,5 +1,6 @@
-"""Arrangements that the paper compares (arXiv 2406.04330, Tables 7, 9, 10 and 12), as overrides of a row of the zoo.
+"""Arrangements that the paper compares (arXiv 2406.04330, Tables 7, 9 and 12), as overrides of a row of the zoo.
 
+Of the five graphs of Table 10, the paper describes one in words, the one that all pyramids have: it is Table 9's too.
 Each is built and its multiply-adds are held against the paper's figure, in the convention of its tables.
 """
 

@@ -118,9 +118,37 @@ def test_classes_of_coco_itself(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight, "_PARSED_BYTES", 0)
     cfg = Config.fromfile(MMDETECTION / "configs/piip/3branch/mask_rcnn_deit_tsb_1120_896_448_fpn_1x_coco_bs16.py")
     check_classes(cfg, ("train_dataloader",))
+    assert tuple(cfg.train_dataloader.dataset.metainfo.classes) == CocoDataset.METAINFO["classes"]
     write_coco(path, ["person"], used=(1,))
     with pytest.raises(RunError, match=r"\('person',\), but metainfo.classes is \('person', .* 80 in all\)"):
         check_classes(cfg, ("train_dataloader",))
+
+
+def test_classes_that_the_config_does_not_name_are_those_of_the_files(digits, tmp_path):
+    heads = {f"model.roi_head.{head}.num_classes": 2 for head in ("bbox_head", "mask_head")}
+
+    def nameless(**overrides):
+        cfg = digits(["cat", "dog"], **overrides)
+        for loader in LOADERS:
+            del cfg[loader].dataset["metainfo"]
+        return cfg
+
+    cfg = nameless(**heads)
+    check_classes(cfg, LOADERS)
+    from mmdet.registry import DATASETS
+
+    for loader in LOADERS:
+        dataset = DATASETS.build({**cfg[loader].dataset, "pipeline": [], "filter_cfg": None})
+        assert dataset.metainfo["classes"] == ("cat", "dog")
+        assert [instance["bbox_label"] for instance in dataset[0]["instances"]] == [0, 1]
+    with pytest.raises(
+        RunError, match=r"num_classes=10, .*but train_dataloader.dataset has 2 classes \('cat', 'dog'\)"
+    ):
+        check_classes(nameless(), LOADERS)
+    cfg = nameless(**heads)
+    write_coco(tmp_path / "mini/coco/annotations/instances_val.json", ["dog", "cat"])
+    with pytest.raises(RunError, match=r"dataset has \('cat', 'dog'\), val_dataloader.dataset has \('dog', 'cat'\)"):
+        check_classes(cfg, LOADERS)
 
 
 def test_a_mismatch_ends_the_command(digits, tmp_path, capsys):

@@ -156,6 +156,16 @@ def test_settings_that_do_not_fit(digits, changes, said):
     assert said in fault(digits(**changes))
 
 
+def test_a_pipeline_that_reads_zero_otherwise_than_its_data_set(digits):
+    pipeline = [{"type": "LoadImageFromFile"}, {"type": "LoadAnnotations", "reduce_zero_label": True}]
+    cfg = digits(**{"train_dataloader.dataset.pipeline": pipeline})
+    check_segmentation(cfg, LOADERS)
+    cfg.train_dataloader.dataset.reduce_zero_label = False
+    message = "reduce_zero_label is False for the data set of .*/training/0.png and True for the LoadAnnotations of its"
+    with pytest.raises(BrokenLabelError, match=message):
+        check_segmentation(cfg, LOADERS)
+
+
 def test_some_of_a_data_sets_own_classes(digits):
     """Its palette is cut to them, and the others are ignored."""
     own = {"type": "ADE20KDataset", "metainfo": dict(classes=("sky", "wall"))}

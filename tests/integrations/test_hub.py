@@ -44,7 +44,9 @@ def shake(model):
 
 @pytest.fixture
 def models():
+    rotary = {"branches": [{"arch": "vit_small_patch16_dinov3", "resolution": 32}], "interactions": 0}
     return {
+        "rotary": shake(DensePyramid(rotary)),  # has buffers that no file holds
         "dense": shake(DensePyramid(spec(), scales=(2, 1, 0.5))),
         "taps": shake(DensePyramid(spec(), taps=[0])),
         "classes": shake(Classifier(spec(TOKEN), num_classes=5, head="branches")),
@@ -53,7 +55,7 @@ def models():
     }
 
 
-@pytest.mark.parametrize("kind", ["dense", "taps", "classes", "released", "merged"])
+@pytest.mark.parametrize("kind", ["rotary", "dense", "taps", "classes", "released", "merged"])
 def test_what_is_saved_computes_the_same_when_it_is_loaded(models, kind, tmp_path):
     model = models[kind]
     save_pretrained(model, tmp_path / kind)

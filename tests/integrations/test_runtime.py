@@ -16,6 +16,7 @@ import piip.integrations.runtime  # noqa: F401  (makes mmengine's loaders safe)
 from piip.errors import CheckpointError
 from piip.integrations.preflight import RUN_FILE, RunError, check_data, claim_work_dir
 from piip.integrations.process import random_state, seeded, set_random_state, settle_before_forks
+from piip.integrations.runtime import start_distributed
 from piip.integrations.saving import load_from_file
 
 
@@ -77,6 +78,16 @@ def test_threads_settle_before_each_fork(monkeypatch):
     settle_before_forks.cache_clear()
     hooks[1]()
     assert slept and slept[0] >= 0.01
+
+
+def test_the_process_without_a_gpu_says_so_itself(monkeypatch):
+    """The first process has one, and waits for the others."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(RunError, match="process 1 of this machine has no GPU") as error:
+        start_distributed("pytorch", {})
+    assert not error.value.common
 
 
 def test_own_checkpoints_hold_plain_values(toy):
