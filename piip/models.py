@@ -443,6 +443,8 @@ def _has_class_token(branch: nn.Module) -> bool:
 
 MODELS: dict[str, type[PyramidModel]] = {"dense": DensePyramid, "classifier": Classifier}
 """What a spec can become."""
+AS_BUILT = "-as-built"
+"""What follows the name of a row in the form that the original code builds, see `piip.zoo.specs.as_built`."""
 
 
 def create_model(
@@ -456,11 +458,12 @@ def create_model(
     """Build a classifier or a dense backbone, with released weights or those of a checkpoint where asked for.
 
     A row that is meant for classification, and any row with `num_classes`, gives a `Classifier`, others a
-    `DensePyramid`. A row of the published tables brings its options along (the levels of its FPN).
+    `DensePyramid`. A row of the published tables brings its options along (the levels of its FPN). LLaVA's vision
+    towers are built by `piip_llava.tower.build_tower`; here their rows need `num_classes`, `scales` or `taps`.
 
     Args:
-        spec: Name of a row of the zoo (see `piip.list_models`) or of a config of the published tables, a
-            `PyramidSpec`, or a mapping.
+        spec: Name of a row of the zoo (see `piip.list_models`) or of a config of the published tables, also with
+            `-as-built` behind it, a `PyramidSpec`, or a mapping.
         pretrained: True for the released weights of a published row: they are fetched once, into torch's hub folder
             (`$TORCH_HOME/hub/piip`; `$HF_ENDPOINT` names a mirror). A path is a checkpoint.
         checkpoint: A released file, or one of ours; of the model, or of a whole detector.
@@ -468,26 +471,45 @@ def create_model(
         **options: Options of the model's class.
 
     Raises:
-        SpecError: The spec cannot be built, or has no released weights.
+        SpecError: The spec cannot be built, is a vision tower's, or has no released weights.
         CheckpointError: The file cannot be read, or holds another model.
         DownloadError: The released weights cannot be fetched.
     """
-    from piip.zoo.released import PUBLISHED  # it reads specs itself
+    from piip.zoo.released import PUBLISHED, TABLES  # it reads specs itself
 
-    row = PUBLISHED.get(spec) if isinstance(spec, str) else None
-    spec = resolve_spec(row.spec if row else spec)
-    kind = Classifier if spec.head != "dense" or "num_classes" in options else DensePyramid
+    # One file was released for both forms of a row.
+    form = AS_BUILT if isinstance(spec, str) and spec.endswith(AS_BUILT) else ""
+    row = PUBLISHED.get(spec.removesuffix(form)) if isinstance(spec, str) else None
+    resolved = resolve_spec(row.spec + form if row else spec)
+    kind = Classifier if resolved.head != "dense" or "num_classes" in options else DensePyramid
     if row and kind is DensePyramid and not options.keys() & {"scales", "taps"}:
+        if TABLES[row.table].model == "tower":
+            raise SpecError(_tower_instead(row.spec, resolved))
         options.update(row.options)
+    twin = ""
     if pretrained is True:
         from piip.zoo.download import download_weights
 
         pretrained = download_weights(row)
+        twin = row.spec if row and form else row.spec + AS_BUILT if row else ""
     checkpoint = pretrained or checkpoint
     if checkpoint is None:
-        return kind(spec, **options)
+        return kind(resolved, **options)
     # Nothing is initialised only to be overwritten: the file's tensors become the parameters.
     with torch.device("cpu" if drop_head else "meta"):
-        model = kind(spec, **options)
-    load_checkpoint(model, checkpoint, drop_head=drop_head)
+        model = kind(resolved, **options)
+    try:
+        load_checkpoint(model, checkpoint, drop_head=drop_head)
+    except CheckpointError as error:
+        if twin and f"'{AS_BUILT}'" in str(error):
+            raise CheckpointError(f"{error}; create_model({twin!r}, pretrained=True) takes this file") from None
+        raise
     return model
+
+
+def _tower_instead(name: str, spec: PyramidSpec) -> str:
+    tower = "plain" if len(spec.branches) == 1 else "pyramid"
+    return (
+        f"{name} is a vision tower of LLaVA: piip_llava.tower.build_tower({{'type': {tower!r}, 'spec': {name!r}}}) "
+        "builds it; with num_classes it is a classifier here, with scales or taps a dense backbone"
+    )

@@ -15,6 +15,7 @@ counting twice its forward pass. Weights are random: they do not change the time
 import argparse
 import csv
 import gc
+import importlib.util
 import json
 import os
 import sys
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 from piip.budget import MODELS, as_run, parts_of
 from piip.deformable import KERNELS
 from piip.errors import SpecError, unknown
+from piip.integrations import command
 from piip.measure import CLOCKS, MatmulPeak, PeakMemory, seconds, timed_parts
 from piip.merge import STYLES
 from piip.runtime import CudaGraph
@@ -52,6 +54,7 @@ VARIATIONS: dict[str, tuple[str, ...] | type] = {
     "batch": int,
     "scale": float,
 }
+PICTURES = (".png", ".svg", ".pdf")
 FIELDS = (
     "spec", "variant", "dtype", "mode", "batch", "height", "width", "median_s", "spread_s", "macs", "peak_fraction",
     "peak_memory_bytes", "ratio_to_first",
@@ -72,7 +75,7 @@ class Case:
         model: The model, as it is without compilation.
         macs: Multiply-adds of one image's forward pass.
         taken: Seconds of every round.
-        memory: Largest sum of live tensors in bytes; on CUDA what was allocated.
+        memory: Largest sum of live tensors in bytes; on CUDA what was allocated. The case's own alone.
         parts: Seconds of every part of a forward pass.
     """
 
@@ -123,7 +126,7 @@ def build_case(name: str, mode: str, settings: dict[str, str], args: argparse.Na
     """Build one case; settings are those of `VARIATIONS`.
 
     Raises:
-        SpecError: There is no such model.
+        SpecError: There is no such model, or it merges nothing and `merge` is set.
     """
     chosen = {
         "kernel": "auto",
@@ -140,6 +143,8 @@ def build_case(name: str, mode: str, settings: dict[str, str], args: argparse.Na
     kind = TABLES[row.table].model
     options: dict[str, Any] = dict(row.options)
     if "merge" in chosen:
+        if kind != "dense":
+            raise SpecError(f"--vary merge is for dense backbones, and {name} is a {kind}: leave one of the two out")
         options["merge"] = chosen["merge"]
     side = resolve_spec(row.spec).input_resolution or max(b.resolution for b in resolve_spec(row.spec).branches)
     size = tuple(round(s * float(chosen["scale"])) for s in args.size or (side, side))
@@ -177,13 +182,16 @@ def _train_step(call: Callable[..., Any], model: nn.Module, images: Tensor) -> C
 
 
 def measure_memory(case: Case) -> int:
-    """Return the peak of one step in bytes: allocated on CUDA, live tensors elsewhere."""
+    """Return the peak of one step in bytes: allocated on CUDA, live tensors elsewhere. Other cases do not count."""
     case.model.zero_grad(set_to_none=True)
-    if case.images.is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-        case.step()
-        return torch.cuda.max_memory_allocated()
     held = [case.images, *case.model.parameters(), *case.model.buffers()]
+    if case.images.is_cuda:
+        device = case.images.device
+        # Everything of every case, and the matrices of the peak, is allocated by now: what counts is the growth.
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        case.step()
+        return torch.cuda.max_memory_allocated(device) - before + PeakMemory(held).live
     with PeakMemory(held) as memory:
         case.step()
     return memory.peak
@@ -208,7 +216,8 @@ def measure(cases: Sequence[Case], args: argparse.Namespace) -> dict[str, Matmul
         print(f"round {number + 1} of {args.repeat}", file=sys.stderr, flush=True)
     gc.enable()
     for case in cases:
-        if case.settings.get("compile", "off") == "off":  # neither hooks nor counters see into compiled code
+        # Neither hooks nor counters see into compiled code, and a graph's memory was taken when it was captured.
+        if all(case.settings.get(key, "off") == "off" for key in ("compile", "graph")):
             case.memory = measure_memory(case)
         case.model.zero_grad(set_to_none=True)
         if args.parts:
@@ -250,10 +259,8 @@ def print_parts(cases: Iterable[Case]) -> None:
 
 def draw(records: Sequence[dict[str, Any]], peaks: dict[str, MatmulPeak], path: Path) -> None:
     """Draw time against multiply-adds, one point per record, the peak as a line per type."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise SystemExit(f"benchmark.py: error: --picture needs matplotlib: pip install matplotlib ({error})") from None
+    from matplotlib.figure import Figure  # of use only where a picture is asked for
+
     figure = Figure(figsize=(7, 4.5), dpi=110)
     axes = figure.add_subplot()
     factors = [r["batch"] * (3 if r["mode"] == "train" else 1) for r in records]
@@ -298,9 +305,7 @@ def parse_variations(texts: Sequence[str]) -> list[dict[str, str]]:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        "benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command.Parser("benchmark.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("spec", nargs="+", metavar="SPEC", help="a spec of the zoo, or name or path of a config")
     parser.add_argument("--mode", nargs="+", choices=("forward", "train"), default=["forward"])
     parser.add_argument("--vary", nargs="+", default=[], metavar="KEY=A,B", help=f"keys: {', '.join(VARIATIONS)}")
@@ -319,7 +324,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--parts", action="store_true", help="time the parts of a forward pass as well")
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--picture", type=Path, help="time against multiply-adds, as PNG or SVG")
+    parser.add_argument("--picture", type=Path, help="time against multiply-adds, as PNG, SVG or PDF")
     args = parser.parse_args(arguments)
     try:
         args.variations = parse_variations(args.vary)
@@ -335,15 +340,36 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--device {args.device}: torch sees no CUDA device")
     if torch.device(args.device).type == "cuda" and args.clock == "cpu":
         parser.error("--clock cpu does not see what a CUDA device does")
+    if "train" in args.mode and any(v.get("graph") == "on" for v in args.variations):
+        parser.error("--vary graph=on captures inference only: leave it out, or give --mode forward")
     needs_cuda = [key for key in ("graph", "streams") if any(v.get(key) == "on" for v in args.variations)]
     if needs_cuda and torch.device(args.device).type != "cuda":
         parser.error(f"--vary {needs_cuda[0]}=on needs --device cuda")
+    if args.picture and args.picture.suffix.lower() not in PICTURES:
+        parser.error(f"--picture {args.picture}: give a file ending in {', '.join(PICTURES)}")
+    if args.picture and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--picture needs matplotlib: pip install matplotlib")
+    for option in ("csv", "json", "picture"):
+        prepare(parser, option, getattr(args, option))
     return args
+
+
+def prepare(parser: argparse.ArgumentParser, option: str, path: Path | None) -> None:
+    """Make the folder of a file that a run is to write, so that a path of no use is refused before the run."""
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--{option} {path}: its folder cannot be made ({error.strerror}): give another path")
+    if path.is_dir():
+        parser.error(f"--{option} {path} is a folder: give the path of a file")
+    if not os.access(path.parent, os.W_OK):
+        parser.error(f"--{option} {path}: its folder is read-only: give another path")
 
 
 def write(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.part")
     draft.write_text(text)
     os.replace(draft, path)

@@ -56,9 +56,12 @@ def convert_llava(args: argparse.Namespace) -> None:
             "a LLaVA model is not written back as the authors' directory: its config.json and tokenizer are of their "
             "program; piip_llava reads both kinds"
         )
-    from piip_llava.modeling import PiipLlavaForConditionalGeneration  # needs transformers
+    from piip_llava import PiipLlavaForConditionalGeneration, PiipLlavaProcessor  # needs transformers
 
-    PiipLlavaForConditionalGeneration.from_pretrained(args.source).save_pretrained(args.target)
+    tower = row_of(args.model).name
+    options = {"tower": tower, "vision_weights": args.vision_weights}
+    PiipLlavaForConditionalGeneration.from_pretrained(args.source, **options).save_pretrained(args.target)
+    PiipLlavaProcessor.from_pretrained(args.source, tower=tower).save_pretrained(args.target)
     print(f"{args.target}: a directory for transformers")
 
 
@@ -74,9 +77,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         action="store_true",
         help="classifiers, to released names: the heads of this file do read the first patch, as released ones do",
     )
+    parser.add_argument(
+        "--vision-weights",
+        "--vision_weights",
+        type=Path,
+        help="CLIP's own file, for a LLaVA-1.5 directory that holds none of it",
+    )
     args = parser.parse_args(arguments)
     if args.target.exists() and args.to != "hub":
         parser.error(f"{args.target} is there already: choose another name, or remove it")
+    if args.to == "hub" and args.target.exists() and not args.target.is_dir():
+        parser.error(f"{args.target} is a file, and --to hub writes a directory: choose another name, or remove it")
     row = row_of(args.model)
     if TABLES[row.table].model == "tower":
         convert_llava(args)

@@ -9,24 +9,29 @@
 
 An interrupted download goes on where it stopped. Checksums are compared where one is known: the hub states them, and
 some file names end with one. Nothing in a file is ever executed. A mirror of the Hugging Face hub is named by
---endpoint or $HF_ENDPOINT; a web server with the files under their own names by --mirror.
+--endpoint or $HF_ENDPOINT; a web server with the files under their own names by --mirror (a name with a folder, like
+convnext-tiny-224/pytorch_model.bin, in that folder).
 """
 
 import argparse
 import importlib.util
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from piip.branches.pretrained import load_pretrained
-from piip.checkpoint import load_checkpoint
+from piip.checkpoint import read_state_dict
 from piip.errors import CheckpointError
 from piip.integrations import command
-from piip.models import create_model
+from piip.models import AS_BUILT, create_model
+from piip.zoo.convert import BACKBONE
 from piip.zoo.download import Progress, download, download_released, file_sha256, mirrored
 from piip.zoo.released import ROWS, branch_weights, find_row, find_source, row_of
-from piip.zoo.specs import SPECS, build_branch, resolve_spec
+from piip.zoo.specs import SPECS, BranchSpec, build_branch, resolve_spec
 
 
 def show_progress(name: str) -> Progress:
@@ -62,11 +67,11 @@ def get_files(args: argparse.Namespace) -> None:
     for name in args.name:
         weights = [name] if name in all_branch_weights() else branch_weights(row_of(name).spec) if args.branches else []
         for file in weights:
-            url = mirrored(find_source(file)[1], **where)
+            url = mirrored(find_source(file)[1], **where, name=file)
             target = args.out or Path("pretrained")
             print(download(url, target / file, progress=show_progress(file)))
         if not weights:
-            row = find_row(name)
+            row = find_row(name.removesuffix(AS_BUILT))  # one file was released for both forms
             print(download_released(row, args.out or Path("checkpoints"), **where, progress=show_progress(row.name)))
 
 
@@ -82,12 +87,27 @@ def verify(args: argparse.Namespace) -> None:
         return
     row = row_of(args.model)
     spec = resolve_spec(row.spec)
-    if branches := [b for b in spec.branches if b.weights and Path(b.weights).name == args.file.name]:
-        load_pretrained(build_branch(branches[0]), args.file)
-        print(f"fits the branch {branches[0].arch} of {args.model}")
+    if branch := find_branch(spec.branches, args.file):
+        with torch.device("meta"):  # names and shapes are what counts
+            network = build_branch(branch)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*copying from a non-meta parameter")
+            load_pretrained(network, args.file)
+        print(f"fits the branch {branch.arch} of {args.model}")
         return
-    load_checkpoint(create_model(spec, **row.options), args.file)
-    print(f"fits {args.model}: nothing is missing or left over")
+    create_model(row.spec, checkpoint=args.file, **row.options)
+    if any(name.startswith(BACKBONE) for name in read_state_dict(args.file)):
+        print(f"the backbone fits {args.model}: nothing is missing or left over; neck and heads are not compared")
+    else:
+        print(f"fits {args.model}: nothing is missing or left over")
+
+
+def find_branch(branches: Sequence[BranchSpec], file: Path) -> BranchSpec | None:
+    """Return the branch that a pretrained file is meant for, by its name; by its folder too where names are alike."""
+    named = [branch for branch in branches if branch.weights and Path(branch.weights).name == file.name]
+    path = file.resolve().as_posix()
+    exact = [branch for branch in named if path.endswith(f"/{branch.weights}")]
+    return next(iter(exact or named), None)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -18,7 +18,14 @@ import torch
 
 from piip.errors import ExportError
 from piip.integrations import command
-from piip.integrations.export import export_onnx, export_program, largest_difference, run_onnx, run_program
+from piip.integrations.export import (
+    export_onnx,
+    export_program,
+    largest_difference,
+    run_onnx,
+    run_program,
+    save_program,
+)
 from piip.integrations.hub import from_pretrained
 from piip.models import PyramidModel, create_model
 from piip.zoo.released import row_of
@@ -46,6 +53,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.out.suffix not in (".onnx", ".pt2"):
         parser.error(f"--out is NAME.onnx or NAME.pt2, got {args.out}")
+    if args.checkpoint and Path(args.model).is_dir():
+        parser.error(f"--checkpoint goes with a row, config or spec: the directory {args.model} has its own weights")
     if args.batch < 1 or (args.size and min(args.size) < 1):
         parser.error("--batch and --size are positive numbers")
     return args
@@ -64,11 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run = run_onnx(export_onnx(model, images, args.out, dynamic=args.dynamic))
     else:
         program = export_program(model, images, dynamic=args.dynamic)
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        part = args.out.with_name(f"{args.out.stem}.part.pt2")
-        torch.export.save(program, part)
-        part.replace(args.out)
-        run = run_program(torch.export.load(args.out))
+        run = run_program(torch.export.load(save_program(program, args.out)))
     given = torch.randn(batch + 1 if args.dynamic else batch, 3, height, width)
     difference = largest_difference(model, run, given)
     shape = f"{'any' if args.dynamic else batch} x 3 x {height} x {width}"

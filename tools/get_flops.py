@@ -21,7 +21,7 @@ from functools import partial
 from typing import Any
 
 from piip.budget import Costs, as_run, published
-from piip.errors import RunError
+from piip.errors import RunError, SpecError
 from piip.integrations import command
 from piip.zoo.released import ROWS, TABLES, Row, row_of
 
@@ -134,6 +134,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = ROWS if args.all else [row_of(name) for name in args.config]
     try:
         costs = count_all(rows, size, args.jobs)
+    except SpecError:  # a ValueError too, and none of the size's
+        raise
     except ValueError as error:  # an input size that leaves a branch without a token
         raise RunError(f"--size: {error}") from None
     table = [figures(row, cost, size) for row, cost in zip(rows, costs, strict=True)]

@@ -5,10 +5,10 @@
     python tools/plan.py deit3-tsb-1568-1120-672 deit3-sbl-1568-1120-672 --macs 900 --params 300
     python tools/plan.py deit3-tsb-1120-896-448 --latency 900 --sides 224 448 672 896
 
-Branches come from specs of the zoo (or configs); their own resolutions do not matter. Costs are those of the backbone
-as it runs (windows padded, merging and FPN included), in 1e9 multiply-adds, for a square image as large as the largest
-branch's; they follow from formulas, and `--check` counts the printed ones anew by running them without data. With
---latency, milliseconds per image on this machine, the combinations are measured.
+Branches come from specs of the zoo (or configs); their own resolutions do not matter. Costs are those of the model that
+they name as it runs (windows padded; merging and FPN, or head, included), in 1e9 multiply-adds, for a square image as
+large as the largest branch's; they follow from formulas, and `--check` counts the printed ones anew by running them
+without data. With --latency, milliseconds per image on this machine, the combinations are measured.
 
 Which of the printed combinations is best no formula says. The paper's advice (section 4.5): raise the largest image
 first, and give the largest model no more than the single network that you compare with.
@@ -22,14 +22,14 @@ from typing import NamedTuple
 
 import torch
 
-from piip.budget import as_run
+from piip.budget import MODELS, as_run
 from piip.errors import SpecError
 from piip.integrations import command
-from piip.models import DensePyramid
 from piip.plan import ClosedForm, combinations, pareto, with_resolutions
-from piip.zoo.released import row_of
+from piip.zoo.released import TABLES, row_of
+from piip.zoo.specs import resolve_spec
 
-PARTS = ("branches", "interactions", "merging", "fpn", "total")
+PARTS = ("branches", "interactions", "merging", "fpn", "head", "total")
 
 
 class Choice(NamedTuple):
@@ -45,26 +45,29 @@ class Choice(NamedTuple):
 def choices(name: str, args: argparse.Namespace) -> list[Choice]:
     """Return the combinations of one spec within the budget that no other one exceeds."""
     row = row_of(name)
-    form = ClosedForm(row.spec, **row.options)
-    params = sum(form.params.values())
-    if args.params is not None and params > args.params * 1e6:
-        return []
+    form = ClosedForm(row.spec, TABLES[row.table].model, **row.options)
     smallest = [max(branch.strides) for branch in form.model.pyramid.branches]
     sides = combinations(len(smallest), sorted(set(args.sides)), args.any_order)
     fitting = [c for c in sides if all(side >= stride for side, stride in zip(c, smallest, strict=True))]
+    if args.params is not None:
+        fitting = [chosen for chosen in fitting if params_of(form, chosen) <= args.params * 1e6]
     costs = {chosen: form(chosen) for chosen in fitting}
     if args.macs is not None:
         costs = {chosen: cost for chosen, cost in costs.items() if cost["total"] <= args.macs * 1e9}
     if args.latency is not None:
-        return measured(form, costs, params, name, args.latency / 1e3)
-    return [Choice(name, chosen, costs[chosen], params) for chosen in pareto(list(costs))]
+        return measured(form, costs, name, args.latency / 1e3)
+    return [Choice(name, chosen, costs[chosen], params_of(form, chosen)) for chosen in pareto(list(costs))]
+
+
+def params_of(form: ClosedForm, resolutions: tuple[int, ...]) -> int:
+    """Return the number of parameters of the whole model."""
+    return sum(form.params(resolutions).values())
 
 
 def seconds_of(form: ClosedForm, resolutions: tuple[int, ...]) -> float:
     """Measure one image on this machine: the median of three runs after a first one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    options = {"taps": form.model.taps} if form.model.taps else {"scales": form.model.scales}
-    model = DensePyramid(with_resolutions(form.spec, resolutions), **options).eval().to(device)
+    model = MODELS[form.kind](with_resolutions(form.spec, resolutions), **form.options).eval().to(device)
     images = torch.randn(1, 3, max(resolutions), max(resolutions), device=device)
     times = []
     with torch.inference_mode():
@@ -77,9 +80,7 @@ def seconds_of(form: ClosedForm, resolutions: tuple[int, ...]) -> float:
     return sorted(times[1:])[1]
 
 
-def measured(
-    form: ClosedForm, costs: dict[tuple[int, ...], dict[str, int]], params: int, name: str, limit: float
-) -> list[Choice]:
+def measured(form: ClosedForm, costs: dict[tuple[int, ...], dict[str, int]], name: str, limit: float) -> list[Choice]:
     """Return the combinations that run within a time and that no other one exceeds.
 
     Combinations are tried from the cheapest limit upwards: those above twice the multiply-adds that the time allowed so
@@ -97,22 +98,25 @@ def measured(
             timed[chosen] = seconds
         else:
             slow.append(chosen)
-    return [Choice(name, chosen, costs[chosen], params, timed[chosen]) for chosen in pareto(list(timed))]
+    return [
+        Choice(name, chosen, costs[chosen], params_of(form, chosen), timed[chosen]) for chosen in pareto(list(timed))
+    ]
 
 
 def show(found: Sequence[Choice], check: bool) -> None:
     """Print combinations, the dearest first."""
     width = max(len(choice.spec) for choice in found)
-    print(f"{'branches of':{width}}  {'resolutions':>22} {'params':>8} " + " ".join(f"{part:>12}" for part in PARTS))
+    parts = [part for part in PARTS if any(part in choice.macs for choice in found)]
+    print(f"{'branches of':{width}}  {'resolutions':>22} {'params':>8} " + " ".join(f"{part:>12}" for part in parts))
     for choice in found:
         sides = "/".join(str(side) for side in reversed(choice.resolutions))
-        cells = " ".join(f"{choice.macs[part] / 1e9:>11.1f}G" for part in PARTS)
+        cells = " ".join(f"{choice.macs.get(part, 0) / 1e9:>11.1f}G" for part in parts)
         latency = "" if choice.seconds is None else f" {choice.seconds * 1e3:>8.0f} ms"
         print(f"{choice.spec:{width}}  {sides:>22} {choice.params / 1e6:>7.1f}M {cells}{latency}", end="")
         if check:
             row = row_of(choice.spec)
-            spec = with_resolutions(ClosedForm(row.spec).spec, choice.resolutions)
-            counted = as_run(spec, **row.options)["total"].macs
+            spec = with_resolutions(resolve_spec(row.spec), choice.resolutions)
+            counted = as_run(spec, model=TABLES[row.table].model, **row.options)["total"].macs
             print(f"  counted {counted / 1e9:.1f}G ({choice.macs['total'] / counted - 1:+.2%})", end="")
         print()
 

@@ -30,6 +30,7 @@ def save(path: Path, trainer: Trainer, epoch: int, best: float, figures: Mapping
         "model": bare(trainer.model).state_dict(),
         "model_ema": None if trainer.ema is None else trainer.ema.module.state_dict(),
         "optimizer": trainer.optimizer.state_dict(),
+        "schedule": trainer.schedule.state_dict(),
         "scaler": trainer.scaler.state_dict(),
         "epoch": epoch,
         "best": best,
@@ -57,11 +58,19 @@ def resume(path: str, trainer: Trainer) -> tuple[int, float, dict[str, float]]:
             "evaluate it with --eval"
         )
     _check_same(path, state, trainer)
+    schedule = state.get("schedule", {})  # not in the checkpoints of older versions
+    if trainer.schedule.state_dict() and not schedule:
+        raise CheckpointError(
+            f"{path} holds no state of --sched {trainer.args.sched}, which an older version left out: start a new run "
+            "from its weights with --load-from"
+        )
     bare(trainer.model).load_state_dict(state["model"])
     if trainer.ema is not None and state["model_ema"] is not None:
         trainer.ema.module.load_state_dict(state["model_ema"])
     trainer.optimizer.load_state_dict(state["optimizer"])
-    trainer.scaler.load_state_dict(state["scaler"])
+    trainer.schedule.load_state_dict(schedule)
+    if state["scaler"]:  # empty where the run so far was not scaled: on a CPU
+        trainer.scaler.load_state_dict(state["scaler"])
     return state["epoch"], state["best"], state["figures"]
 
 

@@ -23,6 +23,7 @@ from torchvision.datasets import CIFAR100, ImageFolder
 from piip.errors import BrokenImageError, RunError
 from piip.integrations.process import end_with_parent, seeded
 from piip_cls.processes import Processes
+from piip_cls.recipe import first_line
 
 REPEATS = 3  # of an image under repeated augmentation (arXiv 1902.05509)
 
@@ -145,14 +146,10 @@ def build_samples(args: argparse.Namespace, size: int, split: str) -> Samples:
         try:
             data = ImageFolder(str(folder))
         except FileNotFoundError as error:
-            raise RunError(f"{folder}: {_first_sentence(error)}; expected {folder}/CLASS/IMAGE") from error
+            raise RunError(f"{folder}: {first_line(error)}; expected {folder}/CLASS/IMAGE") from error
         return Samples(data.samples, data.classes, transform, args.seed)
     year = {"INAT": 2018, "INAT19": 2019}[args.data_set]
     return Samples(*_inaturalist(root, split, year, args.inat_category), transform, args.seed)
-
-
-def _first_sentence(error: Exception) -> str:
-    return str(error).splitlines()[0].rstrip(".")
 
 
 def _inaturalist(root: Path, split: str, year: int, category: str) -> tuple[list[tuple[str, int]], list[str]]:
@@ -181,12 +178,23 @@ def _inaturalist(root: Path, split: str, year: int, category: str) -> tuple[list
 
 
 def build_transform(args: argparse.Namespace, size: int, train: bool) -> Any:
-    """Return timm's transform for training or evaluation, with ImageNet's mean and deviation."""
+    """Return timm's transform for training or evaluation, with ImageNet's mean and deviation.
+
+    Raises:
+        RunError: timm knows no such policy of augmentation.
+    """
     if not train or args.no_aug:
         return create_transform(
             size, is_training=False, interpolation="bicubic", crop_pct=args.eval_crop_ratio if not train else 1.0
         )
     policy = "3a" if args.ThreeAugment else None if args.aa == "none" else args.aa
+    try:
+        create_transform(size, is_training=True, auto_augment=policy)
+    except (AssertionError, KeyError, ValueError) as error:
+        raise RunError(
+            f"--aa {args.aa} is no policy of timm's ({first_line(error)}): expected none, 3a, augmix-..., original, "
+            "originalr, rand-..., v0 or v0r, such as rand-m9-mstd0.5-inc1"
+        ) from error
     crop, augment, finish = create_transform(
         size,
         is_training=True,
@@ -203,9 +211,6 @@ def build_transform(args: argparse.Namespace, size: int, train: bool) -> Any:
         re_num_splits=int(args.resplit),
         separate=True,
     )
-    if args.ThreeAugment:  # the policy leaves colour jitter out
-        jitter = transforms.ColorJitter(*[args.color_jitter] * 3)
-        augment = transforms.Compose([augment, jitter])
     if args.src:
         crop = transforms.Compose(
             [

@@ -14,9 +14,9 @@ from timm.data import Mixup
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
-from piip.errors import RunError
+from piip.errors import OwnError
 from piip_cls.processes import Processes
-from piip_cls.recipe import Loss, cosub_loss, soft_targets
+from piip_cls.recipe import Loss, Schedule, cosub_loss, soft_targets
 
 
 @dataclass
@@ -26,6 +26,7 @@ class Trainer:
     Attributes:
         model: The model, wrapped for several processes where there are any.
         optimizer: The optimizer.
+        schedule: Its learning rates per epoch.
         scaler: Scales the loss under float16; does nothing where it is disabled.
         loss: The loss.
         mixup: Mixing of images, None for none.
@@ -38,6 +39,7 @@ class Trainer:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    schedule: Schedule
     scaler: torch.amp.GradScaler
     loss: Loss
     mixup: Mixup | None
@@ -69,7 +71,7 @@ class Trainer:
                 loss = self._loss(*(t.to(self.processes.device, non_blocking=True) for t in (images, labels)))
                 value = loss.item()
                 if not math.isfinite(value):
-                    raise RunError(f"the loss is {value} in step {step + 1}: nothing was saved; lower --lr?")
+                    raise OwnError(f"the loss is {value} in step {step + 1}: nothing was saved; lower --lr?")
                 self.scaler.scale(loss / size).backward()
             if closing:
                 self._step()
@@ -115,14 +117,23 @@ class Result:
         top5: The same for the five most likely ones.
         loss: Mean cross-entropy.
         images: Number of images.
-        confusion: Images by class (row) and prediction (column).
+        classes: Number of classes.
+        pairs: Class, prediction and number of images `(P, 3)` of every pair that occurs, in order.
     """
 
     top1: float
     top5: float
     loss: float
     images: int
-    confusion: Tensor
+    classes: int
+    pairs: Tensor
+
+    @property
+    def confusion(self) -> Tensor:
+        """Images by class (row) and prediction (column), `(classes, classes)`."""
+        matrix = torch.zeros(self.classes, self.classes, dtype=torch.int64)
+        rows, columns, images = self.pairs.unbind(1)
+        return matrix.index_put_((rows, columns), images)
 
     def __str__(self) -> str:
         """Return the line that the original prints."""
@@ -140,24 +151,28 @@ def evaluate(
     """Evaluate a model on every image exactly once, on any number of processes and any batch size.
 
     Args:
-        model: The model, not wrapped: processes may have different numbers of batches.
+        model: The model, not wrapped: processes may have different numbers of batches. It stays on its device, which
+            may be the CPU while the processes speak over their GPUs.
         loader: This process's share of the images.
         classes: Number of classes.
         processes: This process among the others.
         autocast: Context of the model's precision.
     """
     model.eval()
+    device = next(model.parameters()).device
     sums = torch.zeros(4, dtype=torch.float64)  # top-1, top-5, loss, images
-    confusion = torch.zeros(classes, classes, dtype=torch.float64)
+    cells = [torch.empty(0, dtype=torch.int64)]  # of the confusion matrix, row by row: one per image
     for images, labels in loader:
         with autocast or nullcontext():
-            logits = model(images.to(processes.device))
+            logits = model(images.to(device))
         logits = logits.float().cpu()
         best = logits.topk(min(5, classes), dim=1).indices
         hits = best == labels[:, None]
         losses = F.cross_entropy(logits, labels, reduction="none").double()
         sums += torch.stack([hits[:, 0].sum(), hits.sum(), losses.sum(), torch.tensor(float(len(labels)))]).double()
-        confusion.index_put_((labels, best[:, 0]), torch.ones(len(labels), dtype=torch.float64), accumulate=True)
+        cells.append(labels * classes + best[:, 0])
     top1, top5, loss, count = processes.sum(sums).tolist()
-    confusion = processes.sum(confusion).long()
-    return Result(100 * top1 / count, 100 * top5 / count, loss / count, int(count), confusion)
+    # Only what occurs travels: a matrix of thousands of classes is nearly empty.
+    found, times = processes.gather(torch.cat(cells)).unique(return_counts=True)
+    pairs = torch.stack([found // classes, found % classes, times], dim=1)
+    return Result(100 * top1 / count, 100 * top5 / count, loss / count, int(count), classes, pairs)

@@ -4,6 +4,9 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from timm.optim import list_optimizers
+
+from piip.errors import unknown
 from piip.integrations.command import Parser, Refused
 
 # Options of the original that its code never read, or that could not work, and what to do instead.
@@ -25,6 +28,7 @@ REFUSED = {
     "--dist-url": "torchrun and Slurm say where the other processes are",
 }
 
+SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "plateau", "wsd", "rsqrt", "constant")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 
 
@@ -71,7 +75,7 @@ def build_parser(prog: str = "main.py") -> Parser:
     add("--unscale-lr", action="store_true", help="take --lr as it is, whatever the batch")
     add("--from-scratch-lr-ratio", type=float, default=1.0, help="learning rate of what is not pretrained, as a factor")
     add("--legacy-recipe", action="store_true", help="one epoch late, and weight decay on everything (the original)")
-    add("--sched", default="cosine", help="a scheduler of timm's")
+    add("--sched", choices=SCHEDULES, default="cosine", help="a scheduler of timm's")
     add("--warmup-lr", type=float, default=1e-6)
     add("--warmup-epochs", type=int, default=5)
     _switch(group, "warmup-prefix", False, "start the schedule after the warm-up instead of beneath it")
@@ -92,9 +96,9 @@ def build_parser(prog: str = "main.py") -> Parser:
     add("--momentum", type=float, default=0.9)
     add("--weight-decay", type=float, default=0.05)
     add("--clip-grad", type=float, help="largest norm of the gradient")
-    add("--smoothing", type=float, default=0.1, help="label smoothing")
-    add("--bce-loss", action="store_true", help="binary cross-entropy (DeiT III)")
-    add("--cosub", action="store_true", help="co-training of two sub-models (arXiv 2212.04884)")
+    add("--smoothing", type=float, default=0.1, help="label smoothing, spread over all classes")
+    add("--bce-loss", action="store_true", help="binary cross-entropy (DeiT III); with --smoothing 0")
+    add("--cosub", action="store_true", help="co-training of two sub-models (arXiv 2212.04884); with --smoothing 0")
     _switch(group, "train-mode", True, "--no-train-mode trains without drop path")
     add("--disable-autocast", action="store_true", help="float32 on GPUs too")
     add("--amp-dtype", choices=("float16", "bfloat16"), default="float16", help="of autocast on GPUs")
@@ -104,9 +108,9 @@ def build_parser(prog: str = "main.py") -> Parser:
 
     group = parser.add_argument_group("augmentation")
     add = group.add_argument
-    add("--color-jitter", type=float, default=0.3, help="unused with --aa")
+    add("--color-jitter", type=float, default=0.3, help="unused with --aa; used with --ThreeAugment")
     add("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm's auto-augment policy, or 'none'")
-    add("--ThreeAugment", action="store_true", help="grey, solarise or blur (DeiT III), in place of --aa")
+    add("--ThreeAugment", action="store_true", help="grey, solarise or blur, and colour jitter (DeiT III)")
     add("--src", action="store_true", help="simple random crop (DeiT III)")
     add("--train-interpolation", default="bicubic", choices=("random", "bilinear", "bicubic"))
     add("--scale", type=float, nargs=2, default=(0.08, 1.0), help="share of the image that random crops take")
@@ -115,7 +119,7 @@ def build_parser(prog: str = "main.py") -> Parser:
     add("--no-aug", action="store_true", help="no augmentation: resize and centre crop")
     _switch(group, "repeated-aug", True, "several augmentations of an image per epoch")
     add("--reprob", type=float, default=0.25, help="probability of random erasing")
-    add("--remode", default="pixel")
+    add("--remode", choices=("const", "rand", "pixel"), default="pixel", help="what random erasing fills in")
     add("--recount", type=int, default=1)
     add("--resplit", action="store_true", help="no random erasing in the first augmentation split")
     add("--mixup", type=float, default=0.8)
@@ -131,12 +135,13 @@ def build_parser(prog: str = "main.py") -> Parser:
     return parser
 
 
-def parse(argv: Sequence[str], recipe: Mapping[str, Any] | None = None) -> argparse.Namespace:
+def parse(argv: Sequence[str], recipe: Mapping[str, Any] | None = None, check: bool = True) -> argparse.Namespace:
     """Return the options.
 
     Args:
         argv: The command line; `_` and `-` are the same in a name.
         recipe: Defaults of a config, by the options' names with `_`.
+        check: Whether to refuse what does not fit together; not before the config's recipe is known.
     """
     parser = build_parser()
     known = {action.dest for action in parser._actions}
@@ -145,6 +150,16 @@ def parse(argv: Sequence[str], recipe: Mapping[str, Any] | None = None) -> argpa
             parser.error(f"the config's recipe has {name!r}, which is no option")
     parser.set_defaults(**(recipe or {}))
     args = parser.parse_args([_dashes(word) for word in argv])
+    if check:
+        _check(parser, args)
+    return args
+
+
+def _check(parser: Parser, args: argparse.Namespace) -> None:
+    for action in parser._actions:  # argparse leaves the choices of defaults unchecked, so those of a recipe
+        value = getattr(args, action.dest, None)
+        if action.choices is not None and value is not None and value not in action.choices:
+            parser.error(unknown(action.option_strings[0], value, action.choices))
     for name in ("batch_size", "epochs", "accum_iter", "eval_interval"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be 1 or more")
@@ -156,7 +171,16 @@ def parse(argv: Sequence[str], recipe: Mapping[str, Any] | None = None) -> argpa
         parser.error("--resume continues a run, --load-from starts one: give one of them")
     if args.drop_head and args.resume and not args.eval:
         parser.error("--drop-head goes with --load-from: a run that is continued has its head already")
-    return args
+    optimizers = list_optimizers(exclude_filters=["adahessian"])  # which needs the gradients' own gradients
+    prefix, _, name = args.opt.lower().rpartition("_")
+    if name not in optimizers or prefix not in ("", "lookahead"):
+        parser.error(f"--opt: {unknown('optimizer', args.opt, optimizers)}")
+    for loss in ("bce_loss", "cosub"):
+        if getattr(args, loss) and args.smoothing:
+            parser.error(
+                f"--{loss.replace('_', '-')} takes every class with a target above 0 for a right one, and --smoothing "
+                f"{args.smoothing} lifts all of them above 0: give --smoothing 0"
+            )
 
 
 def _dashes(word: str) -> str:

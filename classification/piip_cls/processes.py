@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, distributed
 
-from piip.errors import RunError
+from piip.errors import OwnError
 from piip.integrations.process import export_slurm_ranks, settle_before_forks
 
 CPU = torch.device("cpu")
+SET_BY_TORCHRUN = ("RANK", "WORLD_SIZE")
+SET_BY_SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NODELIST")
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,14 @@ class Processes:
             distributed.all_reduce(values)
         return values.cpu()
 
+    def gather(self, rows: Tensor) -> Tensor:
+        """Return every process's rows `(N, ...)`, one process after the other; each may have another number of them."""
+        if self.count == 1:
+            return rows
+        parts: list[Tensor] = [rows] * self.count
+        distributed.all_gather_object(parts, rows.cpu())
+        return torch.cat(parts)
+
     def wait(self) -> None:
         """Wait for the others."""
         if self.count > 1:
@@ -49,16 +59,19 @@ def join(args: argparse.Namespace) -> Processes:
     """Join the other processes of the run, if there are any; started by torchrun, Slurm or alone.
 
     Raises:
-        RunError: There is no GPU for this process.
+        RunError: There is no GPU for this process, or the launcher that `--launcher` names did not start it.
     """
+    if args.launcher == "pytorch":
+        _check_started("pytorch", SET_BY_TORCHRUN, "torchrun or sh dist_train.sh")
     if args.launcher == "slurm":
+        _check_started("slurm", SET_BY_SLURM, "srun or sh slurm_train.sh")
         export_slurm_ranks()
     rank, count, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     kind = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(kind)
     if kind == "cuda":
         if local >= torch.cuda.device_count():
-            raise RunError(
+            raise OwnError(
                 f"process {local} of this machine has no GPU: torch sees {torch.cuda.device_count()}; start as many "
                 "processes as there are GPUs, or use --device cpu"
             )
@@ -68,3 +81,11 @@ def join(args: argparse.Namespace) -> Processes:
         settle_before_forks()
         distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
     return Processes(rank, count, device)
+
+
+def _check_started(launcher: str, names: tuple[str, ...], how: str) -> None:
+    if missing := [name for name in names if name not in os.environ]:
+        raise OwnError(
+            f"--launcher {launcher}, and the environment has no {' and no '.join(missing)}: start with {how}, or leave "
+            "--launcher out"
+        )

@@ -1,14 +1,14 @@
 """What a run is made of: model, optimizer, schedule, mixing of images and loss, all of them timm's but the model."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
+from timm.scheduler import PlateauLRScheduler, create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
@@ -19,6 +19,11 @@ from piip.optim import classifier_groups, param_groups
 from piip_cls.config import Config
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, without its full stop, or its type where there is none."""
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def build_model(config: Config, args: argparse.Namespace, classes: int) -> Classifier:
@@ -46,7 +51,11 @@ def build_model(config: Config, args: argparse.Namespace, classes: int) -> Class
 
 
 def build_optimizer(model: Classifier, args: argparse.Namespace, processes: int) -> torch.optim.Optimizer:
-    """Return timm's optimizer, the learning rate scaled with the total batch unless `--unscale-lr`."""
+    """Return timm's optimizer, the learning rate scaled with the total batch unless `--unscale-lr`.
+
+    Raises:
+        RunError: The optimizer needs what is not installed, or does not take the options.
+    """
     lr = args.lr if args.unscale_lr else args.lr * args.batch_size * processes / 512
     groups = classifier_groups(model, args.from_scratch_lr_ratio, legacy=args.legacy_recipe)
     options: dict[str, Any] = {"eps": args.opt_eps}
@@ -55,7 +64,13 @@ def build_optimizer(model: Classifier, args: argparse.Namespace, processes: int)
     gathered = param_groups(model.named_parameters(), groups, lr, args.weight_decay)
     for group in gathered:
         del group["names"]
-    return create_optimizer_v2(gathered, args.opt, lr, args.weight_decay, args.momentum, **options)
+    try:
+        return create_optimizer_v2(gathered, args.opt, lr, args.weight_decay, args.momentum, **options)
+    except (AssertionError, ImportError, IndexError, TypeError, ValueError) as error:
+        raise RunError(
+            f"--opt {args.opt} does not work here or with the options given for it ({first_line(error)}): change "
+            "those, or take another"
+        ) from error
 
 
 class Schedule:
@@ -64,33 +79,58 @@ class Schedule:
     Args:
         optimizer: The optimizer.
         args: Options. `legacy_recipe` is one epoch late: the original steps after the epoch, with its number.
+
+    Raises:
+        RunError: The schedule does not take the options, or this version of timm does not have it.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, args: argparse.Namespace) -> None:
         self.lag = int(args.legacy_recipe)
         noise = args.lr_noise
-        self.scheduler: Scheduler
-        self.scheduler, _ = create_scheduler_v2(
-            optimizer,
-            sched=args.sched,
-            num_epochs=args.epochs,
-            decay_epochs=args.decay_epochs,
-            decay_rate=args.decay_rate,
-            cooldown_epochs=args.cooldown_epochs,
-            patience_epochs=args.patience_epochs,
-            min_lr=args.min_lr,
-            warmup_lr=args.warmup_lr,
-            warmup_epochs=args.warmup_epochs,
-            warmup_prefix=args.warmup_prefix,
-            noise=noise[0] if noise and len(noise) == 1 else noise,
-            noise_pct=args.lr_noise_pct,
-            noise_std=args.lr_noise_std,
-            noise_seed=args.seed,
-        )
+        try:
+            scheduler, _ = create_scheduler_v2(
+                optimizer,
+                sched=args.sched,
+                num_epochs=args.epochs,
+                decay_epochs=args.decay_epochs,
+                decay_rate=args.decay_rate,
+                cooldown_epochs=args.cooldown_epochs,
+                patience_epochs=args.patience_epochs,
+                min_lr=args.min_lr,
+                warmup_lr=args.warmup_lr,
+                warmup_epochs=args.warmup_epochs,
+                warmup_prefix=args.warmup_prefix,
+                noise=noise[0] if noise and len(noise) == 1 else noise,
+                noise_pct=args.lr_noise_pct,
+                noise_std=args.lr_noise_std,
+                noise_seed=args.seed,
+            )
+        except (AssertionError, ValueError) as error:
+            raise RunError(
+                f"--sched {args.sched} does not work with the options given for it: {first_line(error)}"
+            ) from error
+        if scheduler is None:  # what an older timm answers to a name that it does not know
+            raise RunError(f"this version of timm has no --sched {args.sched}: pip install -U timm, or take another")
+        self.scheduler: Scheduler = scheduler
 
     def start(self, epoch: int, metric: float | None = None) -> None:
         """Set the learning rates of an epoch; `metric` is the last top-1 (for schedules that wait for a plateau)."""
         self.scheduler.step(max(epoch - self.lag, 0), metric)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what does not follow from the epoch, as plain values; empty but for `plateau`.
+
+        timm's own state leaves out how long the plateau has lasted, and the learning rates without the noise.
+        """
+        if not isinstance(self.scheduler, PlateauLRScheduler):
+            return {}
+        return {"plateau": self.scheduler.lr_scheduler.state_dict(), "restore_lr": self.scheduler.restore_lr}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        if isinstance(self.scheduler, PlateauLRScheduler):
+            self.scheduler.lr_scheduler.load_state_dict(dict(state["plateau"]))
+            self.scheduler.restore_lr = state["restore_lr"]
 
 
 def build_mixup(args: argparse.Namespace, classes: int) -> Mixup | None:

@@ -29,6 +29,8 @@ from piip_cls.options import parse
 from piip_cls.processes import Processes, join
 from piip_cls.recipe import Schedule, build_loss, build_mixup, build_model, build_optimizer
 
+LARGEST_MATRIX = 1000  # classes whose confusion matrix is written in full: about 3 MB
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line, and return the exit status."""
@@ -38,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(args.model)
         run(parse(argv, config.recipe), config)  # read again: the config's recipe changes defaults
 
-    return command.main(read_and_run, parse(argv))
+    return command.main(read_and_run, parse(argv, check=False))
 
 
 def run(args: argparse.Namespace, config: Any) -> None:
@@ -106,8 +108,15 @@ def evaluate_file(
 
 
 def write_results(path: Path, results: dict[str, Result], **about: Any) -> None:
-    """Write evaluations as JSON, each with its confusion matrix (rows are classes, columns predictions)."""
-    figures = {name: {**r.figures(), "confusion": r.confusion.tolist()} for name, r in results.items()}
+    """Write evaluations as JSON, each with its confusion matrix (rows are classes, columns predictions).
+
+    Beyond `LARGEST_MATRIX` classes it is a list of `[class, prediction, images]`, of the pairs that occur.
+    """
+    figures: dict[str, Any] = {}
+    for name, result in results.items():
+        full = result.classes <= LARGEST_MATRIX
+        confusion = {"confusion": result.confusion.tolist()} if full else {"confusion_pairs": result.pairs.tolist()}
+        figures[name] = {**result.figures(), **confusion}
     write_text(path, json.dumps({**about, **figures}) + "\n")
 
 
@@ -149,7 +158,6 @@ class Run:
         self.batches = data.Batches(len(train), args.batch_size, processes, args.seed, args.repeated_aug)
         self.loader = data.build_loader(train, self.batches, args.num_workers, pinned(args, processes))
         optimizer = build_optimizer(model, args, processes.count)
-        self.schedule = Schedule(optimizer, args)
         ema = None
         if args.model_ema:
             ema = ModelEmaV3(model, args.model_ema_decay, device="cpu" if args.model_ema_force_cpu else None)
@@ -161,6 +169,7 @@ class Run:
         self.trainer = Trainer(
             model=wrapped,
             optimizer=optimizer,
+            schedule=Schedule(optimizer, args),
             scaler=torch.amp.GradScaler(processes.device.type, enabled=half),
             loss=build_loss(args),
             mixup=build_mixup(args, len(train.classes)),
@@ -183,7 +192,7 @@ class Run:
         for epoch in range(self.first, self.args.epochs):
             start = time.monotonic()
             seed_epoch(self.args.seed, epoch + 1, self.processes.rank)
-            self.schedule.start(epoch, self.best)
+            self.trainer.schedule.start(epoch, self.best)
             self.batches.epoch = epoch
             loss = self.trainer.train_epoch(
                 self.loader, len(self.batches), lambda line, e=epoch: self.logs.say(f"epoch {e} {line}")
@@ -206,9 +215,7 @@ class Run:
             models["model_ema"] = self.trainer.ema.module
         results = {}
         for name, model in models.items():
-            device = next(model.parameters()).device
-            places = Processes(self.processes.rank, self.processes.count, device)
-            results[name] = evaluate(model, self.val_loader, len(self.classes), places, self.trainer.autocast)
+            results[name] = evaluate(model, self.val_loader, len(self.classes), self.processes, self.trainer.autocast)
             self.logs.say(f"epoch {epoch} {'' if name == 'model' else 'moving average: '}{results[name]}")
         return results
 

@@ -1,17 +1,19 @@
 """Models as programs for other runtimes: `torch.export` and ONNX, checked against the model itself."""
 
-import os
+import io
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from piip.errors import ExportError
+from piip.integrations.files import whole
 
 OPSET = 20
+EXTERNAL = 2e9  # bytes of weights: what one ONNX file can hold
 Runner = Callable[[Tensor], list[Tensor]]
 
 
@@ -43,10 +45,54 @@ def export_program(model: nn.Module, images: Tensor, *, dynamic: bool = False) -
         raise ExportError(f"images of {images.shape[-2]} x {images.shape[-1]} pixels do not fit: {error}") from error
 
 
+class _Postponing(io.RawIOBase):
+    """A file that keeps its first error for later: torch's writer ends the whole process when a write fails."""
+
+    def __init__(self, file: io.BufferedWriter) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return 0  # torch goes back to the start when it is done, for readers
+
+    def write(self, data: Any) -> int:
+        try:
+            if self.error is None:
+                self.file.write(data)
+        except OSError as error:
+            self.error = error
+        return len(data)
+
+
+def save_program(program: torch.export.ExportedProgram, path: str | Path) -> Path:
+    """Write an exported program as a `.pt2` file, whole or not at all.
+
+    Returns:
+        The file.
+
+    Raises:
+        ExportError: The file cannot be written.
+    """
+    path = Path(path)
+    with whole(path, ExportError) as part, part.open("wb") as file:
+        postponing = _Postponing(file)
+        torch.export.save(program, cast(IO[bytes], postponing))
+        if postponing.error is not None:
+            raise postponing.error
+    return path
+
+
 def export_onnx(model: nn.Module, images: Tensor, path: str | Path, *, dynamic: bool = False) -> Path:
     """Write a backbone or classifier as an ONNX file, whole or not at all.
 
-    The input is called `images`, the outputs `output0`, `output1`, ... Weights above 2 GB go into a file beside it.
+    The input is called `images`, the outputs `output0`, `output1`, ... Weights above 2 GB go into `NAME.data`
+    beside it.
 
     Args:
         model: See `export_program`.
@@ -58,7 +104,7 @@ def export_onnx(model: nn.Module, images: Tensor, path: str | Path, *, dynamic: 
         The file.
 
     Raises:
-        ExportError: onnx is not installed, or see `export_program`.
+        ExportError: onnx is not installed, the file cannot be written, or see `export_program`.
     """
     try:
         import onnxscript  # noqa: F401  (what torch's exporter is built on)
@@ -72,10 +118,9 @@ def export_onnx(model: nn.Module, images: Tensor, path: str | Path, *, dynamic: 
         names = [f"output{i}" for i in range(count)]
         onnx = torch.onnx.export(program, (images,), opset_version=OPSET, input_names=["images"], output_names=names)
     assert onnx is not None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.stem}.part{path.suffix}")
-    onnx.save(str(part), external_data=sum(p.nbytes for p in model.parameters()) > 2e9)
-    os.replace(part, path)
+    with whole(path, ExportError) as part:
+        part.mkdir()  # the file names the one that holds its weights, so both are written under their own names
+        onnx.save(str(part / path.name), external_data=sum(p.nbytes for p in model.parameters()) > EXTERNAL)
     return path
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from piip.checkpoint import load_checkpoint
 from piip.errors import CheckpointError, DownloadError, SpecError, unknown
+from piip.integrations.files import whole
 from piip.models import MODELS, PyramidModel
 from piip.zoo.released import find_source
 from piip.zoo.specs import PyramidSpec
@@ -50,15 +51,15 @@ def save_pretrained(
 
     Raises:
         ValueError: Metrics without an origin.
+        CheckpointError: The weights cannot be written.
     """
     if metrics and not origin:
         raise ValueError("metrics need an origin: say who measured them, on what data and with which command")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    part = folder / f"{WEIGHTS}.part"
-    save_file(state, part, metadata={"format": "pt"})
-    part.replace(folder / WEIGHTS)
+    with whole(folder / WEIGHTS, CheckpointError) as part:
+        save_file(state, part, metadata={"format": "pt"})
     _write(folder / CARD, model_card(model, name or folder.name, metrics or {}, origin))
     _write(folder / CONFIG, json.dumps(describe(model), indent=1) + "\n")  # last: it makes the directory a model
     return folder

@@ -19,6 +19,7 @@ from piip.checkpoint import (
     unread_shapes,
 )
 from piip.errors import CheckpointError
+from piip.integrations.files import whole
 from piip.models import PyramidModel
 
 Names = Literal["ours", "released"]
@@ -80,17 +81,11 @@ def write_state(state: Mapping[str, Tensor], path: str | Path) -> None:
         CheckpointError: The file cannot be written.
     """
     path = Path(path)
-    part = path.with_name(f"{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path, CheckpointError) as part:
         if path.suffix == ".safetensors":
             save_file({name: tensor.contiguous() for name, tensor in state.items()}, part)
         else:
             torch.save({"state_dict": dict(state)}, part)
-        part.replace(path)
-    except (OSError, RuntimeError) as error:  # torch and safetensors report a full disk as either
-        part.unlink(missing_ok=True)
-        raise CheckpointError(f"cannot write {path}: {error}") from None
 
 
 def convert_file(

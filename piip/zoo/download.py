@@ -158,16 +158,18 @@ def _size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 
-def mirrored(url: str, endpoint: str | None = None, mirror: str | None = None) -> str:
+def mirrored(url: str, endpoint: str | None = None, mirror: str | None = None, *, name: str | None = None) -> str:
     """Return where to fetch a file from.
 
     Args:
         url: Its address.
         endpoint: Replaces the Hugging Face hub's address; `$HF_ENDPOINT` by default.
         mirror: A folder of a web server that has all files under their own names; replaces every address.
+        name: The file's own name, with the folder where several are told apart by it (the `weights` of a branch);
+            by default the last part of the address.
     """
     if mirror:
-        return f"{mirror.rstrip('/')}/{url.rpartition('/')[2]}"
+        return f"{mirror.rstrip('/')}/{name or url.rpartition('/')[2]}"
     endpoint = endpoint or os.environ.get("HF_ENDPOINT")
     return url.replace(ENDPOINT, endpoint.rstrip("/"), 1) if endpoint else url
 
@@ -190,13 +192,19 @@ def download_released(
         progress: See `download`.
 
     Raises:
-        DownloadError: See `download`; or nothing was released for this row.
+        DownloadError: See `download`; or nothing was released for this row, or a mirror of files is named for a
+            repository.
     """
     if row.weights_url is None:
         raise DownloadError(f"no weights were released for {row.name}")
     if not row.repository:
         target = Path(folder) / f"{row.name}.pth"
         return download(mirrored(row.weights_url, endpoint, mirror), target, progress=progress)
+    if mirror:
+        raise DownloadError(
+            f"{row.repository} is a whole repository, and {mirror} a mirror of single files: leave --mirror out, and "
+            "name a mirror of the hub by --endpoint or $HF_ENDPOINT"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

@@ -195,11 +195,16 @@ def _unknown_row(name: str) -> str:
     return f"{nearest}; piip.list_models() and tools/download.py list show what there is"
 
 
+# What a config may say beside the spec: options of `piip.models.DensePyramid` and of `piip.models.Classifier`.
+_OF_BACKBONES = ("scales", "taps", "merge")
+_OF_CLASSIFIERS = ("head", "num_classes", "readout")
+
+
 def row_of(name: str) -> Row:
     """Return a row for anything that names a model: a published row, a spec, or a config file with a PIIP backbone.
 
     Raises:
-        SpecError: There is no such row, or the config describes no backbone of PIIP.
+        SpecError: There is no such row, or the config describes no backbone of PIIP, or a classifier with its options.
     """
     path = Path(name)
     if path.suffix != ".py":
@@ -214,20 +219,17 @@ def row_of(name: str) -> Row:
     model = model.get("backbone", model)  # a classifier's config has its options at the top
     if "spec" not in model:
         raise SpecError(f"{path} has no model.backbone.spec: give a config of a PIIP detector, segmentor or classifier")
-    options = {key: model[key] for key in ("scales", "taps", "head", "num_classes", "readout") if key in model}
+    options = {key: model[key] for key in (*_OF_BACKBONES, *_OF_CLASSIFIERS) if key in model}
     return _row_of_spec(model["spec"], name, options)
 
 
 def _row_of_spec(spec: Any, shown: str, options: dict[str, Any]) -> Row:
     resolved = resolve_spec(spec)
     resolution = "/".join(str(branch.resolution) for branch in reversed(resolved.branches))
-    table = (
-        "imagenet"
-        if resolved.head != "dense" or "head" in options
-        else "convnext"
-        if options.get("taps")
-        else "variants"
-    )
+    classifier = resolved.head != "dense" or any(key in options for key in _OF_CLASSIFIERS)
+    if classifier and (odd := [key for key in _OF_BACKBONES if key in options]):
+        raise SpecError(f"{shown} describes a classifier, and {odd[0]} is an option of dense backbones: leave it out")
+    table = "imagenet" if classifier else "convnext" if options.get("taps") else "variants"
     config = shown if shown.endswith(".py") else ""
     return Row(table, shown, spec, resolution, (), config, options=options, released=False)
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import transforms
 
 from piip.errors import RunError
 from piip_cls.data import Batches, build_loader, build_samples, build_transform, check_classes
@@ -86,6 +87,31 @@ def test_training_transforms(words, images):
     outs = [transform(picture) for _ in range(4)]
     assert all(out.shape == (3, 48, 48) for out in outs)
     assert all(torch.equal(out, outs[0]) for out in outs[1:]) == ("--no-aug" in words)
+
+
+def jitters(transform: object) -> list[transforms.ColorJitter]:
+    """Every colour jitter inside a transform."""
+    if isinstance(transform, transforms.Compose):
+        return [jitter for part in transform.transforms for jitter in jitters(part)]
+    return [transform] if isinstance(transform, transforms.ColorJitter) else []
+
+
+def test_three_augment_jitters_colours_once(images):
+    (jitter,) = jitters(
+        build_transform(options("--data-path", images, "--ThreeAugment", "--color-jitter", 0.2), 48, True)
+    )
+    strength = pytest.approx((0.8, 1.2))
+    assert (jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue) == (strength, strength, strength, None)
+    assert jitters(build_transform(options("--data-path", images), 48, True)) == []
+
+
+@pytest.mark.parametrize("policy", ["fast", "rand-q9", "randm9", "rand-m9.5"])
+def test_a_policy_that_timm_does_not_know(policy, images):
+    with pytest.raises(
+        RunError, match=rf"--aa {policy} is no policy of timm's \(.+\): expected none, .* v0r"
+    ) as caught:
+        build_transform(options("--data-path", images, "--aa", policy), 48, True)
+    assert "\n" not in str(caught.value)
 
 
 def test_inaturalist(tmp_path):

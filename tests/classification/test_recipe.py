@@ -13,7 +13,7 @@ from piip import Classifier
 from piip.errors import RunError
 from piip.optim import classifier_groups
 from piip_cls.config import CONFIGS, load_config
-from piip_cls.options import REFUSED, build_parser, parse
+from piip_cls.options import REFUSED, SCHEDULES, build_parser, parse
 from piip_cls.recipe import Schedule, build_loss, build_mixup, build_model, build_optimizer, cosub_loss, soft_targets
 
 REFERENCE = Path(__file__).resolve().parents[1] / "reference"
@@ -145,12 +145,76 @@ def test_losses():
     hot = F.one_hot(torch.tensor([0, 1, 2, 3]), 5) * 0.9
     binary = F.binary_cross_entropy_with_logits
     torch.testing.assert_close(
-        build_loss(parse([*COMMAND, "--bce-loss"]))(logits, hot), binary(logits, (hot > 0).float())
+        build_loss(parse([*COMMAND, "--bce-loss", "--smoothing", "0"]))(logits, hot), binary(logits, (hot > 0).float())
     )
     half = F.one_hot(torch.tensor([0, 1]), 5).float()
     a, b = logits[:2], logits[2:]
     cross = binary(a, b.sigmoid()) + binary(b, a.sigmoid())
     torch.testing.assert_close(cosub_loss(logits, half), 0.25 * (binary(a, half) + binary(b, half) + cross))
+
+
+def refused(capsys, *options: str, recipe: dict | None = None) -> str:
+    """The line that says why options are refused."""
+    with pytest.raises(SystemExit) as exit:
+        parse([*COMMAND, *options], recipe)
+    message = capsys.readouterr().err
+    assert exit.value.code == 2
+    assert message.count("\n") == 1
+    return message
+
+
+@pytest.mark.parametrize("option", ["--bce-loss", "--cosub"])
+def test_binary_losses_take_no_smoothing(option, capsys):
+    """Every class would be a right one: the loss counts all targets above 0."""
+    message = refused(capsys, option)
+    assert f"{option} takes every class with a target above 0" in message
+    assert "--smoothing 0.1 lifts all of them above 0: give --smoothing 0 (" in message
+    assert (soft_targets(torch.tensor([1]), 3, parse([*COMMAND, option, "--smoothing", "0"]).smoothing) > 0).sum() == 1
+    assert parse([*COMMAND, option], {"smoothing": 0.0})
+    assert parse([*COMMAND, option], check=False)
+
+
+def test_unknown_names_are_refused(capsys):
+    assert "--opt: unknown optimizer 'adamv' (did you mean adam" in refused(capsys, "--opt", "adamv")
+    assert "unknown optimizer 'foo_adamw'" in refused(capsys, "--opt", "foo_adamw")
+    assert "argument --sched: invalid choice: 'cosin'" in refused(capsys, "--sched", "cosin")
+    assert "argument --sched: invalid choice: 'none'" in refused(capsys, "--sched", "none")
+    assert "argument --remode: invalid choice: 'pixels'" in refused(capsys, "--remode", "pixels")
+    # A recipe's values are no better checked by argparse.
+    assert "unknown --sched 'cosin' (did you mean cosine?)" in refused(capsys, recipe={"sched": "cosin"})
+    assert "--opt: unknown optimizer 'lamp' (did you mean lamb" in refused(capsys, recipe={"opt": "lamp"})
+
+
+@pytest.mark.parametrize("name", ["adamw", "AdamW", "lookahead_adamw", "lamb", "sgd"])
+def test_optimizers_of_timm(name):
+    assert build_optimizer(tiny(), parse([*COMMAND, "--opt", name]), processes=1).param_groups
+
+
+def test_an_optimizer_that_does_not_take_the_options():
+    with pytest.raises(RunError, match=r"--opt adamw does not work here .*\(Invalid beta parameter at index 1: 2.0\)"):
+        build_optimizer(tiny(), parse([*COMMAND, "--opt-betas", "0.9", "2"]), processes=1)
+
+
+@pytest.mark.filterwarnings("ignore:PlateauLRScheduler is deprecated")
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_of_timm(name):
+    """Each one starts, and says so in one line where it does not take the options."""
+    args = parse([*COMMAND, "--sched", name, "--decay-epochs", "5"])
+    optimizer = build_optimizer(tiny(), args, processes=1)
+    Schedule(optimizer, args).start(args.warmup_epochs + 1, 0.0)
+    assert max(group["lr"] for group in optimizer.param_groups) > 0
+
+
+def test_a_schedule_that_does_not_take_the_options(monkeypatch):
+    args = parse([*COMMAND, "--sched", "wsd", "--decay-epochs", "30"])
+    optimizer = build_optimizer(tiny(), args, processes=1)
+    with pytest.raises(
+        RunError, match="--sched wsd does not work with the options given for it: wsd schedule requires"
+    ):
+        Schedule(optimizer, args)
+    monkeypatch.setattr("piip_cls.recipe.create_scheduler_v2", lambda *_, **__: (None, 20))
+    with pytest.raises(RunError, match="this version of timm has no --sched wsd: pip install -U timm"):
+        Schedule(optimizer, args)
 
 
 def test_a_config_that_does_not_fit(tmp_path):

@@ -20,11 +20,12 @@ from piip.checkpoint import read_file, to_released
 from piip_cls import run
 from piip_cls.config import load_config
 from piip_cls.data import Batches, build_loader, build_samples
-from piip_cls.engine import evaluate
+from piip_cls.engine import Result, evaluate
 from piip_cls.options import parse
-from piip_cls.processes import Processes
+from piip_cls.processes import SET_BY_SLURM, SET_BY_TORCHRUN, Processes
 
 ROOT = Path(__file__).resolve().parents[2]
+NO_PAIRS = torch.empty(0, 3, dtype=torch.int64)
 
 
 def same(one: object, other: object) -> bool:
@@ -101,9 +102,100 @@ def test_accumulated_batches_equal_a_larger_one(cls, tmp_path):
         torch.testing.assert_close(small[name], tensor, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("option", ["--cosub", "--bce-loss", "--legacy-recipe"])
+@pytest.mark.filterwarnings("ignore:PlateauLRScheduler is deprecated")
+def test_a_resumed_run_waits_as_long_for_a_plateau(cls, tmp_path, capsys, monkeypatch):
+    """Killed while epochs without an improvement are counted, and while noise hides the real learning rate."""
+    options = (*PLAIN, "--epochs", 6, "--sched", "plateau", "--patience-epochs", 1, "--min-lr", 0, "--lr-noise", 0.5)
+    # The accuracy never improves after the first epoch.
+    monkeypatch.setattr(run, "evaluate", lambda model, loader, classes, *_: Result(50, 50, 1, 13, classes, NO_PAIRS))
+    assert cls("--output-dir", "whole", *options) == 0
+    rates = [json.loads(line)["train_lr"] for line in (tmp_path / "whole/log.txt").read_text().splitlines()]
+    assert rates[0] > rates[-1] > 0
+    for last in (1, 3, 4):
+
+        def kill(self: run.Logs, epoch: int, figures: dict, last: int = last) -> None:
+            if epoch == last:
+                raise KeyboardInterrupt
+
+        folder = f"cut{last}"
+        with monkeypatch.context() as patch:
+            patch.setattr(run.Logs, "epoch", kill)
+            with pytest.raises(KeyboardInterrupt):
+                cls("--output-dir", folder, *options)
+        assert cls("--output-dir", folder, *options, "--resume", tmp_path / folder / "checkpoint.pth") == 0
+        whole, cut = (read_file(tmp_path / name / "checkpoint.pth") for name in ("whole", folder))
+        for key in ("model", "optimizer", "schedule"):
+            assert same(whole[key], cut[key]), (last, key)
+    # The state of an older version is not enough.
+    old = {key: value for key, value in whole.items() if key != "schedule"}
+    torch.save(old, tmp_path / "old.pth")
+    message = error(cls, capsys, "--output-dir", "old", *options, "--resume", tmp_path / "old.pth")
+    assert re.search(r"old\.pth holds no state of --sched plateau.* --load-from$", message)
+
+
+def test_a_checkpoint_of_an_older_version_goes_on(cls, tmp_path):
+    assert cls("--output-dir", "exp") == 0
+    state = read_file(tmp_path / "exp/checkpoint.pth")
+    assert state.pop("schedule") == {}
+    torch.save(state, tmp_path / "old.pth")
+    assert cls("--output-dir", "exp", "--resume", tmp_path / "old.pth") == 0
+
+
+def test_a_cpu_run_goes_on_where_the_loss_is_scaled(cls, tmp_path, monkeypatch):
+    def kill(self: run.Logs, epoch: int, figures: dict) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Logs, "epoch", kill)
+        with pytest.raises(KeyboardInterrupt):
+            cls()
+    checkpoint = tmp_path / "exp/checkpoint.pth"
+    assert read_file(checkpoint)["scaler"] == {}
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda kind, enabled: scaler(kind, init_scale=8.0, enabled=True))
+    assert cls("--resume", checkpoint) == 0
+    assert read_file(checkpoint)["scaler"]["scale"] == 8.0
+
+
+def test_a_moving_average_on_the_cpu_is_evaluated_there(cls, monkeypatch):
+    """Its figures are summed where the processes compute: NCCL takes nothing from a CPU."""
+    measured, places = [], set()
+
+    def measure(model: torch.nn.Module, loader: object, classes: int, processes: Processes, autocast: object) -> Result:
+        measured.append(evaluate(model, loader, classes, processes, autocast))
+        return measured[-1]
+
+    def add(self: Processes, values: torch.Tensor) -> torch.Tensor:
+        places.add(str(self.device))
+        return values
+
+    monkeypatch.setattr(run, "evaluate", measure)
+    monkeypatch.setattr(run, "join", lambda args: Processes(device=torch.device("cpu", 0)))
+    monkeypatch.setattr(Processes, "sum", add)
+    assert cls("--epochs", 1, "--model-ema-force-cpu") == 0
+    assert [result.images for result in measured] == [13, 13]
+    assert places == {"cpu:0"}  # a model's device reads "cpu"
+
+
+def test_a_model_is_evaluated_on_its_own_device(images, config):
+    model = Classifier(**load_config(str(config)).model, num_classes=3)
+    samples = build_samples(parse(["--model", "x", "--data-path", str(images)]), 48, "val")
+    places = Together(0, 1, torch.device("meta"))
+    loader = build_loader(samples, Batches(len(samples), 8, places), 0, False)
+    assert evaluate(model, loader, 3, places).images == 13
+
+
+@pytest.mark.parametrize(
+    "option", [("--cosub", "--smoothing", 0), ("--bce-loss", "--smoothing", 0), ("--legacy-recipe",)]
+)
 def test_other_recipes_train(option, cls):
-    assert cls(option, "--epochs", 1, "--clip-grad", 1.0, "--no-model-ema") == 0
+    assert cls(*option, "--epochs", 1, "--clip-grad", 1.0, "--no-model-ema") == 0
+
+
+def test_options_are_weighed_with_the_configs_recipe(cls, config, capsys):
+    assert "give --smoothing 0 (" in error(cls, capsys, "--bce-loss", "--epochs", 1)
+    config.write_text(config.read_text() + "recipe = dict(smoothing=0.0, model_ema=False)\n")
+    assert cls("--bce-loss", "--epochs", 1) == 0
 
 
 def plain_loop(model: Classifier, data: Path) -> tuple[float, float, float]:
@@ -122,13 +214,18 @@ def plain_loop(model: Classifier, data: Path) -> tuple[float, float, float]:
 
 
 class Together(Processes):
-    """One process that adds up what the others would send."""
+    """One process that keeps what it would send to the others."""
 
     sums: ClassVar[list[torch.Tensor]] = []
+    rows: ClassVar[list[torch.Tensor]] = []
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         self.sums.append(values)
         return values
+
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        self.rows.append(rows)
+        return torch.cat(self.rows)
 
 
 def test_evaluation_is_exact_on_any_number_of_processes(tmp_path, config):
@@ -140,15 +237,51 @@ def test_evaluation_is_exact_on_any_number_of_processes(tmp_path, config):
     spec = load_config(str(config)).model["spec"]
     model = Classifier(spec, num_classes=7)
     samples = build_samples(parse(["--model", "x", "--data-path", str(data)]), 48, "val")
-    Together.sums = []
+    Together.sums, Together.rows = [], []
     for rank in range(2):
         places = Together(rank, 2)
-        evaluate(model, build_loader(samples, Batches(len(samples), 16, places), 0, False), 7, places)
-    top1, top5, loss, count = (Together.sums[0] + Together.sums[2]).tolist()
+        result = evaluate(model, build_loader(samples, Batches(len(samples), 16, places), 0, False), 7, places)
+    top1, top5, loss, count = torch.stack(Together.sums).sum(0).tolist()
+    assert [len(rows) for rows in Together.rows] == [53, 52]
+    alone = evaluate(model, build_loader(samples, Batches(len(samples), 16, Processes()), 0, False), 7, Processes())
+    assert same(result.pairs, alone.pairs)
+    assert same(result.confusion.sum(1), torch.bincount(torch.tensor([label for _, label in samples.items])))
+    assert int(result.confusion.trace()) == round(top1)
     expected = plain_loop(model, data)
     assert count == 105
     assert (100 * top1 / count, 100 * top5 / count) == pytest.approx(expected[:2], rel=1e-12)
     assert loss / count == pytest.approx(expected[2], rel=1e-6)
+
+
+def test_the_confusion_of_thousands_of_classes_is_a_list(tmp_path):
+    """Memory and files grow with the images, not with the square of the classes."""
+    classes, labels = 1_000_000, torch.tensor([3, 999_999, 3, 5])
+
+    class Scores(torch.nn.Linear):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return F.one_hot(images, classes).float()
+
+    batches = [(torch.tensor([3, 7]), labels[:2]), (torch.tensor([3, 5]), labels[2:])]
+    result = evaluate(Scores(1, 1), batches, classes, Processes())
+    assert result.pairs.tolist() == [[3, 3, 2], [5, 5, 1], [999_999, 7, 1]]
+    run.write_results(tmp_path / "many.json", {"model": result})
+    written = json.loads((tmp_path / "many.json").read_text())["model"]
+    assert written["confusion_pairs"] == result.pairs.tolist()
+    assert "confusion" not in written
+    few = Result(50, 100, 1, 2, 1000, torch.tensor([[0, 0, 1], [999, 0, 1]]))
+    run.write_results(tmp_path / "few.json", {"model": few})
+    matrix = torch.tensor(json.loads((tmp_path / "few.json").read_text())["model"]["confusion"])
+    assert matrix.shape == (1000, 1000)
+    assert matrix.nonzero().tolist() == [[0, 0], [999, 0]]
+
+
+def test_processes_gather_different_numbers_of_rows(monkeypatch):
+    def gather(parts: list, mine: torch.Tensor) -> None:
+        parts[:] = [torch.tensor([4, 5, 6]), mine]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    assert Processes(1, 2).gather(torch.tensor([7])).tolist() == [4, 5, 6, 7]
+    assert Processes().gather(torch.tensor([7])).tolist() == [7]
 
 
 def test_a_released_file_is_evaluated(cls, config, tmp_path, capsys):
@@ -216,6 +349,27 @@ def test_a_loss_that_is_not_finite_stops_the_run(cls, capsys, tmp_path, monkeypa
     assert not (tmp_path / "exp/checkpoint.pth").exists()
 
 
+def test_a_process_reports_itself_what_it_alone_meets(cls, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with monkeypatch.context() as patch:
+        patch.setattr("piip_cls.run.build_loss", lambda args: lambda logits, targets: logits.sum() * float("nan"))
+        assert "process 1: the loss is nan in step 1" in error(cls, capsys)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert "process 1 of this machine has no GPU: torch sees 1" in error(cls, capsys, "--device", "cuda")
+
+
+def test_a_launcher_that_did_not_start_the_process(cls, capsys, monkeypatch):
+    for name in (*SET_BY_TORCHRUN, *SET_BY_SLURM, "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    message = error(cls, capsys, "--launcher", "pytorch")
+    assert "--launcher pytorch, and the environment has no RANK and no WORLD_SIZE: start with torchrun" in message
+    message = error(cls, capsys, "--launcher", "slurm")
+    assert "--launcher slurm, and the environment has no SLURM_PROCID" in message
+    assert "start with srun or sh slurm_train.sh, or leave --launcher out" in message
+
+
 def test_wandb_has_to_be_installed(cls, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "--wandb needs Weights & Biases: pip install wandb" in error(cls, capsys, "--wandb", "piip")
@@ -249,6 +403,6 @@ def test_two_processes_equal_one(config, images, tmp_path):
     with torch.no_grad():
         logits = torch.cat([model(samples[(0, i, i)][0][None]) for i in range(101)])
     labels = torch.tensor([label for _, label in samples.items])
-    assert measured["images"] == 101
+    assert measured["images"] == sum(map(sum, measured["confusion"])) == 101
     assert measured["acc1"] == pytest.approx(100 * float((logits.argmax(1) == labels).double().mean()))
     assert measured["loss"] == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-5)

@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -113,18 +114,61 @@ def test_a_config_by_its_path(benchmark, tmp_path):
         (["tiny", "--vary", "batch=0"], "--vary batch=0: give a positive number"),
         (["tiny", "--vary", "dtype"], "--vary dtype: give dtype values"),
         (["tiny", "--vary", "graph=on"], "--vary graph=on needs --device cuda"),
+        (["tiny", "--mode", "train", "--vary", "graph=off,on"], "--vary graph=on captures inference only"),
+        (["cls-deit1-tsb-368-192-128", "--vary", "merge=linear"], "--vary merge is for dense backbones, and cls-deit1"),
+        (["clip-l-336", "--vary", "merge=linear"], "and clip-l-336 is a tower: leave one of the two out"),
+        (["tiny", "--picture", "out.jpeg2"], "--picture out.jpeg2: give a file ending in .png, .svg, .pdf"),
+        (["tiny", "--csv", "{file}/out.csv"], "its folder cannot be made"),
+        (["tiny", "--json", "{folder}"], "is a folder: give the path of a file"),
         (["tiny", "--repeat", "0"], "at least 1"),
         (["tiny", "--device", "tpu"], "--device tpu"),
         (["tinny"], "unknown row 'tinny'"),
     ],
 )
-def test_what_it_refuses_in_one_line(benchmark, capsys, arguments, says):
+def test_what_it_refuses_in_one_line(benchmark, capsys, tmp_path, arguments, says):
+    (tmp_path / "file").touch()
     try:
-        code = benchmark.main(arguments)
+        code = benchmark.main([a.format(folder=tmp_path, file=tmp_path / "file") for a in arguments])
     except SystemExit as stop:
         code = stop.code
     assert code == 2
-    assert says in capsys.readouterr().err.splitlines()[-1]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line
+
+
+def test_a_picture_without_matplotlib_is_refused_at_the_start(benchmark, capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit):
+        benchmark.main(["tiny", "--picture", str(tmp_path / "out.png")])
+    assert "--picture needs matplotlib: pip install matplotlib" in capsys.readouterr().err
+
+
+def test_folders_of_the_output_are_made(benchmark, tmp_path):
+    files = [tmp_path / "missing" / kind / f"out.{kind}" for kind in ("csv", "json", "svg")]
+    options = [
+        text for name, file in zip(("csv", "json", "picture"), files, strict=True) for text in (f"--{name}", file)
+    ]
+    assert benchmark.main(["tiny", "--repeat", "1", "--warmup", "0", *map(str, options)]) == 0
+    assert all(file.stat().st_size for file in files)
+
+
+class OnCuda(torch.Tensor):
+    """Says that it is on a CUDA device."""
+
+    is_cuda = True
+
+
+def test_memory_on_cuda_is_that_of_the_case_alone(benchmark, monkeypatch):
+    """An allocator that holds other cases' 1 MB, and had a peak before; the step takes 3000 bytes for a while."""
+    state = {"now": 1_000_000, "peak": 9_000_000}
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: state["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: state["peak"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: state.update(peak=state["now"]))
+    images = torch.zeros(1, 3, 4, 4).as_subclass(OnCuda)
+    model = torch.nn.Linear(10, 10, bias=False)
+    step = lambda: state.update(peak=max(state["peak"], state["now"] + 3000))  # noqa: E731
+    case = benchmark.Case("tiny", {}, "fp32", "forward", images, step, model, 1)
+    assert benchmark.measure_memory(case) == 3000 + 4 * (3 * 4 * 4 + 10 * 10)
 
 
 def test_memory_of_live_tensors():

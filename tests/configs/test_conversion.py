@@ -3,6 +3,7 @@
 import gzip
 import importlib.util
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -180,16 +181,36 @@ def test_half_a_file_and_another_model(tmp_path):
     assert not (tmp_path / "out.pth").exists()
 
 
-@pytest.mark.parametrize(("suffix", "writer"), [("pth", "torch.save"), ("safetensors", "save_file")])
-def test_a_full_disk_leaves_nothing_behind(tmp_path, suffix, writer, monkeypatch):
-    def full(state, path):
-        Path(path).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(f"piip.zoo.convert.{writer}", full)
-    with pytest.raises(CheckpointError, match=r"cannot write .*out.*No space left"):
-        write_state({"a": torch.zeros(3)}, tmp_path / f"out.{suffix}")
+@pytest.mark.parametrize(
+    ("suffix", "says"), [("pth", "is the disk full"), ("safetensors", r"I/O error: File too large")]
+)
+def test_a_full_disk_leaves_nothing_behind(tmp_path, suffix, says):
+    """A limit on the size of files in place of a full disk: what the writers say of it is their own."""
+    state, (soft, hard) = {"a": torch.zeros(1 << 20)}, resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        with pytest.raises(CheckpointError, match=rf"^cannot write .*out\.{suffix}: .*{says}.*$"):
+            write_state(state, tmp_path / f"out.{suffix}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_a_file_and_what_a_kill_left(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"^cannot write .*a\.pth: "):
+        write_state({"a": torch.zeros(3)}, tmp_path / "file" / "a.pth")
+    (tmp_path / "a.pth.part").mkdir()
+    write_state({"a": torch.zeros(3)}, tmp_path / "a.pth")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "file"]
+
+
+@pytest.mark.parametrize("model", ["deit3-b-1024", "clip-bl-512-256"])
+def test_the_tool_writes_no_directory_over_a_file(tmp_path, model, capsys):
+    (tmp_path / "there").touch()
+    with pytest.raises(SystemExit):
+        TOOL.main(["x.pth", str(tmp_path / "there"), "--model", model, "--to", "hub"])
+    assert "there is a file, and --to hub writes a directory: choose another name" in capsys.readouterr().err
 
 
 def test_the_tool_asks_before_it_calls_a_classifier_released(tmp_path, capsys):

@@ -13,8 +13,8 @@ import torch
 from piip import DensePyramid
 from piip.attention import SelfAttention
 from piip.budget import as_run, published
-from piip.errors import SpecError
-from piip.zoo.released import ROWS, TABLES, Row, find_row
+from piip.errors import RunError, SpecError
+from piip.zoo.released import ROWS, TABLES, Row, find_row, row_of
 
 ROOT = Path(__file__).resolve().parents[2]
 BUDGETS = ROOT / "tests" / "reference" / "budgets.csv"
@@ -236,6 +236,41 @@ def test_the_tool_refuses(get_flops, arguments, says, capsys):
 def test_the_tool_names_the_nearest_rows(get_flops):
     with pytest.raises(SpecError, match=r"unknown row 'deit3-sbl'.*did you mean"):
         get_flops.main(["deit3-sbl"])
+
+
+def test_an_error_of_the_spec_is_not_one_of_the_size(get_flops, tmp_path):
+    pytest.importorskip("mmengine", reason="configs need it")
+    (tmp_path / "model.py").write_text("model = dict(spec='deit3-tsb-1120-896-448', scales=(3,))\n")
+    with pytest.raises(SpecError, match=r"^unknown FPN scale 3"):
+        get_flops.main([str(tmp_path / "model.py")])
+    with pytest.raises(RunError, match=r"^--size: branch 1 gets an image of 5 x 5 pixels"):
+        get_flops.main(["deit3-tsb-1120-896-448", "--size", "14", "14"])
+
+
+@pytest.mark.parametrize(
+    ("text", "table", "options"),
+    [
+        ("merge='separable', scales=(2, 1)", "variants", {"merge": "separable", "scales": (2, 1)}),
+        ("taps=[0, 1]", "convnext", {"taps": [0, 1]}),
+        ("num_classes=7", "imagenet", {"num_classes": 7}),
+        ("head='branches', readout='mean'", "imagenet", {"head": "branches", "readout": "mean"}),
+    ],
+)
+def test_rows_of_configs_have_their_options(tmp_path, text, table, options):
+    pytest.importorskip("mmengine", reason="configs need it")
+    path = tmp_path / "model.py"
+    path.write_text(f"model = dict(type='PIIP', spec='deit3-tsb-1120-896-448', drop_path=0.1, {text})\n")
+    row = row_of(str(path))
+    assert (row.table, dict(row.options)) == (table, options)
+    assert as_run(row.spec, (560, 560), model=TABLES[row.table].model, **row.options)["total"].macs > 0
+
+
+def test_a_classifier_with_options_of_a_backbone_is_refused(tmp_path):
+    pytest.importorskip("mmengine", reason="configs need it")
+    path = tmp_path / "model.py"
+    path.write_text("model = dict(spec='deit3-tsb-1120-896-448', num_classes=7, merge='separable')\n")
+    with pytest.raises(SpecError, match=r"model\.py describes a classifier, and merge is an option of dense backbones"):
+        row_of(str(path))
 
 
 @pytest.mark.slow

@@ -5,19 +5,21 @@ import http.server
 import importlib.util
 import os
 import threading
+import warnings
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from piip import DensePyramid, create_model
+from piip import DensePyramid, create_model, models
 from piip.checkpoint import to_released
 from piip.errors import CheckpointError, DownloadError, SpecError
 from piip.zoo import download as module
 from piip.zoo.download import download, download_released, mirrored
 from piip.zoo.released import HUB, PUBLISHED, ROWS, SOURCES, branch_weights, find_row, find_source
-from piip.zoo.specs import SPECS
+from piip.zoo.specs import SPECS, as_built, resolve_spec
 
 ROOT = Path(__file__).resolve().parents[2]
 CONTENT = bytes(range(256)) * 40
@@ -164,6 +166,9 @@ def test_mirrors(monkeypatch):
     assert url == f"https://huggingface.co/{HUB}/resolve/main/detection/{NAME}.pth"
     assert mirrored(url, "http://mirror/") == f"http://mirror/{HUB}/resolve/main/detection/{NAME}.pth"
     assert mirrored(url, mirror="http://files/piip/") == f"http://files/piip/{NAME}.pth"
+    files = {weights for spec in SPECS for weights in branch_weights(spec)}
+    urls = {mirrored(find_source(name)[1], mirror="http://files", name=name) for name in files}
+    assert urls == {f"http://files/{name}" for name in files}
     deit = find_source("deit_3_small_224_21k.pth")[1]
     assert mirrored(deit, "http://mirror") == deit
     monkeypatch.setenv("HF_ENDPOINT", "http://other")
@@ -176,6 +181,14 @@ def test_released_weights_of_a_row(server, tmp_path):
     assert (path.name, path.read_bytes()) == (f"{NAME}.pth", CONTENT)
     with pytest.raises(DownloadError, match="no weights were released for mask_rcnn_vit-t_vit-s_convnext-b"):
         download_released(find_row("vt-vs-cb-1024-672-448"), tmp_path)
+
+
+def test_a_mirror_of_files_is_refused_for_a_repository(tmp_path):
+    says = (
+        r"PIIP-LLaVA_CLIP-BL_512-256_7B is a whole repository, and http://files .*: leave --mirror out, .*HF_ENDPOINT"
+    )
+    with pytest.raises(DownloadError, match=says):
+        download_released(find_row("clip-bl-512-256"), tmp_path, mirror="http://files")
 
 
 def test_every_branch_of_every_row_has_a_source():
@@ -209,6 +222,37 @@ def test_pretrained_takes_a_row_or_a_path(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"released\.pth.*the file holds 2 branch\(es\), the spec 3"):
         create_model("ct-cs-cb-1024-672-448", pretrained=True)
     assert asked == [(PUBLISHED["ct-cs-cb-1024-672-448"].name, tmp_path / "home" / "hub" / "piip")]
+
+
+def test_one_released_file_for_both_forms_of_a_row(tmp_path, monkeypatch):
+    sizes = ((32, 2), (16, 2), (24, 2), (8, 2))
+    spec = resolve_spec(
+        {
+            "branches": [
+                {"arch": "vit", "resolution": 32, "options": {"embed_dim": dim, "depth": depth, "num_heads": 2}}
+                for dim, depth in sizes
+            ],
+            "interactions": 2,
+            "heads": 4,
+        }
+    )
+    row = replace(find_row("deit3-tsbl-1344-896-672-448"), spec="tiny", config="tiny_1x.py")
+    monkeypatch.setitem(SPECS, "tiny", spec)
+    monkeypatch.setitem(SPECS, "tiny-as-built", as_built(spec))
+    for alias in ("tiny", "tiny_1x"):
+        monkeypatch.setitem(PUBLISHED, alias, row)
+    model = create_model("tiny-as-built")
+    torch.save({"state_dict": to_released(model)}, tmp_path / "released.pth")
+    monkeypatch.setattr(module, "download_released", lambda row, folder: tmp_path / "released.pth")
+    for name in ("tiny-as-built", "tiny_1x-as-built"):
+        again = create_model(name, pretrained=True)
+        assert again.spec == as_built(spec)
+        assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(CheckpointError, match=r"; create_model\('tiny-as-built', pretrained=True\) takes this file$"):
+        create_model("tiny", pretrained=True)
+    torch.save({"state_dict": to_released(create_model("tiny"))}, tmp_path / "released.pth")
+    with pytest.raises(CheckpointError, match=r"; create_model\('tiny', pretrained=True\) takes this file$"):
+        create_model("tiny-as-built", pretrained=True)
 
 
 @pytest.mark.slow
@@ -246,3 +290,64 @@ def test_the_tool_lists_fetches_and_verifies(tool, server, tmp_path, capsys):
     with pytest.raises(SpecError, match=r"unknown row 'deit3-sbl-1120-672-449'.*did you mean deit3-sbl-1120-672-448"):
         tool.main(["get", "deit3-sbl-1120-672-449"])
     assert os.listdir(tmp_path) == ["deit_3_small_224_21k.pth"]
+
+
+def test_branches_of_one_name_come_from_their_folders(tool, server, tmp_path):
+    names = branch_weights("ct-cs-cb-1024-672-448")
+    server.files |= {f"/{name}": name.encode() for name in names}
+    row = "ct-cs-cb-1024-672-448"
+    tool.main(["get", row, "--branches", "--mirror", server.url, "--out", str(tmp_path)])
+    assert {name: (tmp_path / name).read_text() for name in names} == {name: name for name in names}
+    branches = SPECS[row].branches
+    assert [tool.find_branch(branches, tmp_path / branch.weights) for branch in branches] == list(branches)
+    assert tool.find_branch(branches, tmp_path / "pytorch_model.bin") == branches[0]
+
+
+def test_the_tool_fetches_one_file_for_both_forms_of_a_row(tool, server, tmp_path):
+    row = find_row("deit3-tsbl-1344-896-672-448")
+    server.files[f"/{row.name}.pth"] = CONTENT
+    tool.main(["get", f"{row.spec}-as-built", "--mirror", server.url, "--out", str(tmp_path)])
+    assert os.listdir(tmp_path) == [f"{row.name}.pth"]
+
+
+def test_a_file_is_verified_without_memory_for_a_model(tool, tmp_path, monkeypatch, capsys):
+    options = {"embed_dim": 32, "depth": 2, "num_heads": 2, "pos_grid": (4, 4)}
+    branch = {"arch": "vit", "resolution": 64, "options": options, "weights": "branch.pth"}
+    spec = resolve_spec({"branches": [branch, {**branch, "weights": None}], "interactions": 2, "heads": 4})
+    monkeypatch.setitem(SPECS, "tiny", spec)
+    model = create_model(spec)
+    released = to_released(model)
+    torch.save(released, tmp_path / "backbone.pth")
+    torch.save(
+        {**{f"backbone.{n}": t for n, t in released.items()}, "neck.bias": torch.ones(1)}, tmp_path / "whole.pth"
+    )
+    torch.save(model.pyramid.branches[0].state_dict(), tmp_path / "branch.pth")
+    devices = []
+
+    def watch(build):
+        def watched(*args, **options):
+            built = build(*args, **options)
+            devices.extend(p.device.type for p in built.parameters())
+            return built
+
+        return watched
+
+    monkeypatch.setattr("piip.models.build_pyramid", watch(models.build_pyramid))
+    monkeypatch.setattr(tool, "build_branch", watch(tool.build_branch))
+    for name, says in (
+        ("backbone", "fits tiny: nothing is missing or left over"),
+        ("whole", "the backbone fits tiny: nothing is missing or left over; neck and heads are not compared"),
+        ("branch", "fits the branch vit of tiny"),
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            tool.main(["verify", str(tmp_path / f"{name}.pth"), "--model", "tiny"])
+        assert capsys.readouterr().out.splitlines()[-1] == says
+        assert set(devices) == {"meta"}
+        devices.clear()
+    state = {**model.pyramid.branches[0].state_dict(), "blocks.0.mlp.fc1.bias": torch.zeros(3)}
+    torch.save(state, tmp_path / "branch.pth")
+    with pytest.raises(CheckpointError, match=r"does not fit the branch: .*blocks\.0\.mlp\.fc1\.bias"):
+        tool.main(["verify", str(tmp_path / "branch.pth"), "--model", "tiny"])
+    with pytest.raises(SpecError, match="clip-l-336 is a vision tower of LLaVA"):
+        tool.main(["verify", str(tmp_path / "whole.pth"), "--model", "clip-l-336"])

@@ -14,6 +14,7 @@ from piip.plan import ClosedForm, combinations, pareto, with_resolutions
 from piip.zoo.released import ROWS
 
 VIT = {"embed_dim": 32, "depth": 4, "num_heads": 2, "pos_grid": (4, 4)}
+TOKENS = {"arch": "vit", "resolution": 112, "options": {**VIT, "class_token": True}}
 CONVNEXT = {"depths": (1, 1, 1, 1), "widths": (32, 32, 64, 64)}
 LOW = {"arch": "vit", "resolution": 112, "options": VIT, "window": 3, "global_every": 2}
 HIGH = {"arch": "convnext", "resolution": 160, "options": CONVNEXT, "blocks": [1, 2, 4]}
@@ -34,17 +35,19 @@ def by_part(costs) -> dict[str, int]:
         ({"proj": False, "norm": False, "ffn_ratio": 0}, {"taps": [0, 1]}),
         ({"branches": [{**LOW, "options": {**VIT, "class_token": True}, "window": None, "global_every": 0}, HIGH]}, {}),
         ({"branches": [{**LOW, "options": {**VIT, "window_pad": "after_qkv"}}], "interactions": 0}, {}),
+        ({"output_branch": 0, "input_resolution": 224}, {"merge": "separable"}),
     ],
 )
 def test_formulas_and_counting_agree(change, options):
+    """Also where the larger model gets the larger image, whose grid the merged map then takes, or the same."""
     form = ClosedForm({**SPEC, **change}, **options)
     sides = [branch.resolution for branch in form.spec.branches]
-    for chosen in (sides, [side + 48 for side in sides]):
+    for chosen in (sides, [side + 48 for side in sides], sides[::-1], [max(sides)] * len(sides)):
         counted = as_run(with_resolutions(form.spec, chosen), **options)
         for part, macs in form(chosen).items():
             # One within a hundred is asked for; where padding comes after qkv, the counter sees what is padded.
             assert macs == pytest.approx(by_part(counted)[part], rel=0.01), part
-    assert sum(form.params.values()) == counted["total"].params
+        assert sum(form.params(chosen).values()) == counted["total"].params
 
 
 @pytest.mark.slow
@@ -56,6 +59,35 @@ def test_formulas_agree_on_every_published_backbone(row):
     macs = form([branch.resolution for branch in form.spec.branches])
     counted = by_part(as_run(row.spec, **row.options))
     assert macs == pytest.approx(counted, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("model", "change", "options"),
+    [
+        ("classifier", {"branches": [TOKENS, {**TOKENS, "resolution": 160}], "head": "branches"}, {}),
+        ("classifier", {"head": "branches"}, {"num_classes": 7, "readout": "mean"}),
+        ("classifier", {}, {"head": "map"}),
+        ("tower", {}, {}),
+        ("tower", {"branches": [LOW], "interactions": 0}, {"unread_blocks": 1}),
+    ],
+)
+def test_formulas_agree_on_classifiers_and_towers(model, change, options):
+    form = ClosedForm({**SPEC, **change}, model, **options)
+    sides = [branch.resolution for branch in form.spec.branches]
+    for chosen in (sides, sides[::-1]):
+        counted = as_run(with_resolutions(form.spec, chosen), model=model, **options)
+        for part, macs in form(chosen).items():
+            branches = [counted[name].macs for name in counted if name.startswith("branch")]
+            own = sum(branches) if part == "branches" else counted[part].macs if part in counted else 0
+            assert macs == pytest.approx(own, rel=0.01), part
+        assert sum(form.params(chosen).values()) == counted["total"].params
+
+
+def test_no_fpn_from_such_a_branch_is_an_error():
+    patches = {**LOW, "options": {**VIT, "patch_size": 14}}
+    form = ClosedForm({**SPEC, "branches": [patches, HIGH]}, taps=[0, 1])
+    with pytest.raises(SpecError, match=r"unknown FPN scale .*known: 4, 2, 1, 0.5"):
+        form([160, 112])
 
 
 def test_pareto_keeps_what_nothing_exceeds():
@@ -113,6 +145,27 @@ def test_the_tool_stays_within_the_budget(tool, capsys):
     with pytest.raises(SystemExit):
         tool.main(["deit3-sbl-1568-1120-672"])
     assert "give a budget: --macs, --params or --latency" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("clip-l-336", ["branches", "interactions", "total"]),
+        ("cls-deit1-tsb-368-192-128", ["branches", "interactions", "merging", "head", "total"]),
+    ],
+)
+def test_the_tool_plans_classifiers_and_towers(tool, capsys, name, parts):
+    tool.main([name, "--macs", "60", "--sides", "112", "224", "--any-order", "--top", "1", "--check"])
+    header, line, *_ = capsys.readouterr().out.splitlines()
+    assert header.split("params")[1].split() == parts
+    assert "(+0.00%)" in line
+
+
+def test_the_tool_measures_the_model_of_the_config(tool, capsys, tmp_path):
+    pytest.importorskip("mmengine", reason="configs need it")
+    (tmp_path / "model.py").write_text(f"model = dict(spec={SPEC!r}, merge='separable', taps=[0, 1])\n")
+    tool.main([str(tmp_path / "model.py"), "--latency", "60000", "--sides", "112", "--check"])
+    assert "(+0.0" in capsys.readouterr().out.splitlines()[1]
 
 
 def test_the_tool_measures_latency(tool, capsys, monkeypatch):

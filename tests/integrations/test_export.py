@@ -1,14 +1,22 @@
 """Exported programs compute what the model does: torch.export, ONNX, and whole graphs for torch.compile."""
 
 import importlib.util
+import resource
 from pathlib import Path
 
 import pytest
 import torch
 
 from piip import Classifier, DensePyramid
-from piip.errors import ExportError
-from piip.integrations.export import export_onnx, export_program, largest_difference, run_onnx, run_program
+from piip.errors import ExportError, SpecError
+from piip.integrations.export import (
+    export_onnx,
+    export_program,
+    largest_difference,
+    run_onnx,
+    run_program,
+    save_program,
+)
 from piip.integrations.hub import save_pretrained
 
 pytestmark = pytest.mark.slow  # tracing takes seconds however small the model
@@ -84,12 +92,60 @@ def test_what_cannot_be_exported():
         largest_difference(model, lambda images: [images], torch.randn(1, 3, 64, 64))
 
 
-def test_the_tool_prints_the_difference(tmp_path, capsys):
+def test_weights_above_the_limit_lie_beside_the_onnx_file(tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime", reason="needs the export extra")
+    monkeypatch.setattr("piip.integrations.export.EXTERNAL", 1000)
+    model, images = build("classifier"), torch.randn(2, 3, 64, 64)
+    (tmp_path / "model.onnx.part").mkdir()  # of an export that was killed
+    for _ in range(2):  # the second replaces the first
+        file = export_onnx(model, images, tmp_path / "model.onnx")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for name in ("model.onnx", "model.onnx.data"):
+        (tmp_path / name).rename(moved / name)
+    assert largest_difference(model, run_onnx(moved / file.name), images) < 1e-5
+
+
+@pytest.mark.parametrize("suffix", ["pt2", "onnx"])
+def test_a_full_disk_leaves_nothing_behind(suffix, tmp_path):
+    """A limit on the size of files in place of a full disk: torch's own file would end the process."""
+    if suffix == "onnx":
+        pytest.importorskip("onnxruntime", reason="needs the export extra")
+    model, images = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, 1024)), torch.randn(2, 3, 16, 16)
+    program = export_program(model, images)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        with pytest.raises(ExportError, match=rf"^cannot write .*model\.{suffix}: .*File too large$"):
+            if suffix == "pt2":
+                save_program(program, tmp_path / "model.pt2")
+            else:
+                export_onnx(model, images, tmp_path / "model.onnx")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def tool():
     spec = importlib.util.spec_from_file_location(
         "export_tool", Path(__file__).resolve().parents[2] / "tools" / "export.py"
     )
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def test_what_the_tool_refuses(tool, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        tool.main([str(tmp_path), "--out", "model.onnx", "--checkpoint", "a.pth"])
+    assert f"--checkpoint goes with a row, config or spec: the directory {tmp_path} has" in capsys.readouterr().err
+    with pytest.raises(SpecError, match="clip-l-336 is a vision tower of LLaVA"):
+        tool.main(["clip-l-336", "--out", "model.onnx"])
+
+
+def test_the_tool_prints_the_difference(tool, tmp_path, capsys):
     save_pretrained(build("classifier"), tmp_path / "model")
     tool.main([str(tmp_path / "model"), "--out", str(tmp_path / "out.pt2"), "--dynamic"])
     assert "input any x 3 x 64 x 64; largest relative difference" in capsys.readouterr().out
