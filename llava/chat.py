@@ -48,7 +48,7 @@ def main() -> int:
     args = parser.parse_args()
 
     def work() -> None:
-        talk(Chat(*load(args.model_path, args.device, args.dtype)), args.img_path)
+        talk(Chat(*load(args.model_path, args.device, args.dtype, args.vision_weights)), args.img_path)
 
     return run(parser.prog, work)
 

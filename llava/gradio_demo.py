@@ -23,7 +23,7 @@ def main() -> int:
     args = parser.parse_args()
 
     def work() -> None:
-        page = build(*load(args.model_path, args.device, args.dtype))
+        page = build(*load(args.model_path, args.device, args.dtype, args.vision_weights))
         page.queue().launch(server_name=args.host, server_port=args.port, share=args.share)
 
     return run(parser.prog, work)

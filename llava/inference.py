@@ -21,7 +21,7 @@ def main() -> int:
     args = parser.parse_args()
 
     def work() -> None:
-        model, processor = load(args.model_path, args.device, args.dtype)
+        model, processor = load(args.model_path, args.device, args.dtype, args.vision_weights)
         print(answer(model, processor, args.prompt, args.img_path))
 
     return run(parser.prog, work)

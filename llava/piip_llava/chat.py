@@ -14,7 +14,7 @@ from piip_llava.processing import PiipLlavaProcessor, open_image
 
 
 def load(
-    path: str, device: str | None = None, dtype: str | None = None
+    path: str, device: str | None = None, dtype: str | None = None, vision_weights: str | None = None
 ) -> tuple[PiipLlavaForConditionalGeneration, PiipLlavaProcessor]:
     """Load a model, ours or a released one, for answering.
 
@@ -23,13 +23,17 @@ def load(
         device: Where to; a GPU if there is one by default.
         dtype: `float32`, `float16` or `bfloat16`; float16 on a GPU (as the released models were evaluated) and float32
             elsewhere by default.
+        vision_weights: CLIP's own file, for a LLaVA-1.5 directory that holds none of it.
 
     Raises:
         CheckpointError: The directory is incomplete, or holds another model.
+        OSError: The hub has no such repository, or cannot be reached.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("float16" if device.startswith("cuda") else "float32")
-    model = PiipLlavaForConditionalGeneration.from_pretrained(path, dtype=getattr(torch, dtype))
+    model = PiipLlavaForConditionalGeneration.from_pretrained(
+        path, dtype=getattr(torch, dtype), vision_weights=vision_weights
+    )
     return model.to(device).eval(), PiipLlavaProcessor.from_pretrained(path)
 
 

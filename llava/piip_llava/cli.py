@@ -21,6 +21,7 @@ class Parser(argparse.ArgumentParser):
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say which model answers, and where."""
     parser.add_argument("--model_path", required=True, help="directory or hub repository; ours or a released one")
+    parser.add_argument("--vision_weights", help="CLIP's own file, for a LLaVA-1.5 directory that holds none of it")
     parser.add_argument("--device", help="a GPU if there is one by default")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="float16 on a GPU by default")
 

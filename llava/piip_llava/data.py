@@ -1,11 +1,10 @@
 """Training data in LLaVA's form: a JSON list of conversations, images read when they are needed."""
 
 import json
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,9 +16,21 @@ from piip_llava.errors import InputError
 from piip_llava.processing import PiipLlavaProcessor, open_image
 from piip_llava.tokens import IGNORE, expand_images, tokenize
 
-log = logging.getLogger(__name__)
-
 BadImages = Literal["mask", "error"]
+
+
+class Skipped(NamedTuple):
+    """Why nothing of a sample is learned.
+
+    Attributes:
+        sample: Id of the sample.
+        kind: `unreadable` (an image) or `cut` (no answer is left in the longest sequence).
+        reason: What is wrong.
+    """
+
+    sample: str
+    kind: Literal["unreadable", "cut"]
+    reason: str
 
 
 class ConversationDataset(Dataset):
@@ -28,9 +39,9 @@ class ConversationDataset(Dataset):
     A sample is `{"id", "image" (a path, a list of paths, or nothing), "conversations"}`. The structure of every sample
     is checked at the start; images are read in `__getitem__`.
 
-    An image that is missing or cannot be read is reported with the id of its sample. With `bad_images="mask"`, the
-    sample stays in its batch with an image of the mean colour, and nothing of it is learned; with `"error"`, training
-    stops.
+    With `bad_images="mask"`, a sample whose image is missing or cannot be read stays in its batch with an image of the
+    mean colour, and nothing of it is learned; with `"error"`, training stops. Every sample says itself why nothing of
+    it is learned: data workers are processes of their own, whose memory ends with them.
 
     Args:
         path: The JSON file.
@@ -60,7 +71,6 @@ class ConversationDataset(Dataset):
         self.limit = limit
         self.bad_images = bad_images
         self.samples = self._read(Path(path))
-        self.reported: set[str] = set()
 
     def _read(self, path: Path) -> list[dict[str, Any]]:
         try:
@@ -91,7 +101,12 @@ class ConversationDataset(Dataset):
         return lengths
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return `input_ids` and `labels` (lists), and `pixel_values (N, 3, S, S)`, or None for text alone."""
+        """Return a sample.
+
+        Returns:
+            `input_ids` and `labels` (lists), `pixel_values (N, 3, S, S)` or None for text alone, and `skipped`: None,
+            or why nothing of it is learned.
+        """
         sample = self.samples[index]
         paths = images_of(sample)
         text, answers = render(
@@ -105,24 +120,27 @@ class ConversationDataset(Dataset):
             count=self.processor.image_tokens,
             limit=self.limit,
         )
-        arrays = [self._load(path, str(sample.get("id", index))) for path in paths[:kept]]
-        if any(array is None for array in arrays):
-            labels = [IGNORE] * len(labels)
+        name = str(sample.get("id", index))
+        skipped = None
+        if all(label == IGNORE for label in labels):
+            skipped = Skipped(name, "cut", f"no answer begins within {self.limit} tokens")
         size = self.processor.image_processor.size
-        blank = np.zeros((3, size, size), dtype=np.float32)  # normalised: the mean colour
-        pixels = np.stack([blank if a is None else a for a in arrays]) if arrays else None
-        return {"input_ids": ids, "labels": labels, "pixel_values": pixels}
-
-    def _load(self, path: str, sample: str) -> np.ndarray | None:
-        try:
-            return self.processor.image_processor.one(open_image(self.folder / path))
-        except InputError as error:
-            if self.bad_images == "error":
-                raise InputError(f"sample {sample}: {error}") from None
-            if sample not in self.reported:
-                self.reported.add(sample)
-                log.warning("sample %s: %s; nothing of it is learned", sample, error)
-            return None
+        arrays = []
+        for path in paths[:kept]:
+            try:
+                arrays.append(self.processor.image_processor.one(open_image(self.folder / path)))
+            except InputError as error:
+                if self.bad_images == "error":
+                    raise InputError(f"sample {name}: {error}") from None
+                skipped = Skipped(name, "unreadable", str(error))
+                labels = [IGNORE] * len(labels)
+                arrays.append(np.zeros((3, size, size), dtype=np.float32))  # normalised: the mean colour
+        return {
+            "input_ids": ids,
+            "labels": labels,
+            "pixel_values": np.stack(arrays) if arrays else None,
+            "skipped": skipped,
+        }
 
 
 def images_of(sample: dict[str, Any]) -> list[str]:
@@ -143,15 +161,20 @@ class Collator:
 
     pad_token_id: int
 
-    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """Return `input_ids`, `labels` and `attention_mask (B, L)`, and `pixel_values` if any sample has images."""
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return a batch.
+
+        Returns:
+            `input_ids`, `labels` and `attention_mask (B, L)`; `pixel_values (N, 3, S, S)` if any sample has images; and
+            `skipped`, a list, if nothing is learned of some: the trainer takes it out.
+        """
         length = max(len(sample["input_ids"]) for sample in samples)
 
         def pad(key: str, value: int) -> Tensor:
             return torch.tensor([s[key] + [value] * (length - len(s[key])) for s in samples])
 
         mask = [[1] * len(s["input_ids"]) + [0] * (length - len(s["input_ids"])) for s in samples]
-        batch = {
+        batch: dict[str, Any] = {
             "input_ids": pad("input_ids", self.pad_token_id),
             "labels": pad("labels", IGNORE),
             "attention_mask": torch.tensor(mask),
@@ -159,6 +182,8 @@ class Collator:
         images = [sample["pixel_values"] for sample in samples if sample["pixel_values"] is not None]
         if images:
             batch["pixel_values"] = torch.from_numpy(np.concatenate(images))
+        if skipped := [sample["skipped"] for sample in samples if sample["skipped"] is not None]:
+            batch["skipped"] = skipped
         return batch
 
 

@@ -192,6 +192,20 @@ class PiipLlavaForConditionalGeneration(PreTrainedModel, GenerationMixin):
             **kwargs,
         )
 
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """Repeat each prompt with all of its images behind each other; transformers would repeat image by image."""
+        images = kwargs.pop("pixel_values", None)
+        if images is not None and expand_size > 1 and input_ids is not None:
+            counts = (input_ids == self.config.image_token_id).sum(1).div(self.image_tokens).long().tolist()
+            if sum(counts) == len(images):  # or `embed` says what is wrong
+                images = torch.cat([part.repeat(expand_size, 1, 1, 1) for part in images.split(counts)])
+        ids, kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
+        )
+        return ids, kwargs if images is None else {**kwargs, "pixel_values": images}
+
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, pixel_values: Tensor | None = None, **kwargs: Any
     ) -> Any:
@@ -236,17 +250,21 @@ class PiipLlavaForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         Raises:
             CheckpointError: The directory is incomplete, or holds another model.
+            OSError: The hub has no such repository, or cannot be reached.
         """
         path = pretrained_model_name_or_path
         tower, vision_weights = kwargs.pop("tower", None), kwargs.pop("vision_weights", None)
-        if path is not None and os.path.isdir(path):
-            if released.is_released(path):
-                config, state = released.read_directory(path, tower, vision_weights)
+        if path is not None:
+            # A configuration that is given says itself what model it is.
+            given = kwargs.get("config") is not None
+            if released.is_released(path) if given else released.recognise(path, **kwargs):
+                config, state = released.read_directory(released.fetch(path, **kwargs), tower, vision_weights)
                 config = kwargs.pop("config", None) or config
                 if "dtype" not in kwargs and "torch_dtype" not in kwargs:
                     kwargs["dtype"] = config.dtype if getattr(config, "dtype", None) else config.torch_dtype
                 return cls.from_pretrained(None, *args, config=config, state_dict=state, **kwargs)
-            released.check_shards(path)
+            if os.path.isdir(path):
+                released.check_shards(path)
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         model._fill_missing(info["missing_keys"])

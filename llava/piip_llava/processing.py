@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -62,7 +62,7 @@ class PiipLlavaImageProcessor(BaseImageProcessor):
 
 
 def open_image(image: Any) -> Image.Image:
-    """Return an image in Pillow's form, upright.
+    """Return an image in Pillow's form, as its pixels are stored: models were trained without a camera's rotation.
 
     Raises:
         InputError: It cannot be read.
@@ -73,7 +73,7 @@ def open_image(image: Any) -> Image.Image:
         return image
     try:
         with Image.open(image) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")
+            return opened.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"the image {image} cannot be read: {error}") from None
 
@@ -253,14 +253,17 @@ class PiipLlavaProcessor(ProcessorMixin):
 
         Raises:
             InputError: The tokenizer lacks a token that is needed.
-            CheckpointError: A released directory names a tower of no published row.
+            CheckpointError: A released directory names a tower of no published row; or it is another kind of model's.
+            OSError: The hub has no such repository, or cannot be reached.
         """
         path = pretrained_model_name_or_path
         tower = kwargs.pop("tower", None)
-        if os.path.isdir(path) and released.is_released(path):
-            config = released.released_config(released.read_json(Path(path) / "config.json"), tower)
+        if released.recognise(path, **kwargs):
+            path = released.fetch(path, ("*.json", "*.model", "*.txt"), **kwargs)
+            config = released.released_config(released.read_fields(path), tower)
             return cls.from_model(config, AutoTokenizer.from_pretrained(path, **kwargs))
-        config = PiipLlavaConfig.from_pretrained(path)
+        hub = {name: kwargs[name] for name in (*released.HUB_OPTIONS, "subfolder") if name in kwargs}
+        config = PiipLlavaConfig.from_pretrained(path, **hub)
         tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
         return cls.from_model(config, tokenizer, chat_template=getattr(tokenizer, "chat_template", None))
 

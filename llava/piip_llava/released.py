@@ -7,15 +7,17 @@ of them, only the name of a config file (`piip_llava.rows` knows what each name 
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import LlamaConfig
+from transformers.utils import cached_file
 
 from piip.branches import ConvNeXtBranch, ViTBranch
 from piip.branches.pretrained import convert_clip
@@ -27,6 +29,7 @@ from piip_llava.tower import PlainTower, PyramidTower, VisionTower, complete_tow
 
 TOWER, PROJECTOR = "model.vision_tower.vision_tower.", "model.mm_projector."
 MODEL_TYPES = ("llava_llama", "llava")
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 # Ours on the left, released on the right, as in `piip.checkpoint`.
 GATE_RULES = (("ca_gamma", "ca_weight"), ("cffn_gamma", "cffn_weight"))
 CONVNEXT_RULES = (
@@ -196,10 +199,72 @@ def _layer_scale_name(name: str) -> str:
 def is_released(directory: str | os.PathLike) -> bool:
     """Return whether a directory is one that the authors' code wrote."""
     file = Path(directory) / "config.json"
-    if not file.is_file():
-        return False
-    fields = read_json(file)
+    return file.is_file() and has_released_fields(read_json(file))
+
+
+def has_released_fields(fields: Mapping[str, Any]) -> bool:
+    """Return whether these are the fields of a `config.json` that the authors' code wrote."""
     return fields.get("model_type") in MODEL_TYPES and "mm_vision_tower" in fields
+
+
+def read_fields(path: str | os.PathLike, **options: Any) -> dict[str, Any]:
+    """Return the fields of a model's `config.json`.
+
+    Args:
+        path: A directory, or a repository of the hub.
+        **options: Options of `from_pretrained`; those that say how to reach the hub are used.
+
+    Raises:
+        CheckpointError: The directory holds none, or it cannot be read.
+        OSError: The hub has no such repository, or cannot be reached.
+    """
+    if os.path.isdir(path):
+        file = Path(path) / (options.get("subfolder") or "") / "config.json"
+        if not file.is_file():
+            raise CheckpointError(f"{path} holds no model, as there is no {file}: give the directory of a saved model")
+        return read_json(file)
+    hub = {name: options[name] for name in (*HUB_OPTIONS, "subfolder") if options.get(name) is not None}
+    return read_json(Path(str(cached_file(path, "config.json", **hub))))
+
+
+def recognise(path: str | os.PathLike, **options: Any) -> bool:
+    """Return whether a directory, or a repository of the hub, is a released one; anything else must be ours.
+
+    Args:
+        path: The directory or repository.
+        **options: See `read_fields`.
+
+    Raises:
+        CheckpointError: It is of another kind of model.
+        OSError: See `read_fields`.
+    """
+    fields = read_fields(path, **options)
+    if has_released_fields(fields):
+        return True
+    kind = fields.get("model_type")
+    if kind != PiipLlavaConfig.model_type:
+        raise CheckpointError(
+            f"{path} is a {kind or 'model of no known type'}, no PIIP-LLaVA: give what the second stage of training "
+            "wrote, or a released model (a language model is where train.py starts from: --model_name_or_path)"
+        )
+    return False
+
+
+def fetch(path: str | os.PathLike, files: Sequence[str] | None = None, **options: Any) -> str | os.PathLike:
+    """Return the directory of a released model; a repository of the hub is downloaded, or found in the cache.
+
+    Args:
+        path: The directory or repository.
+        files: Patterns of the files that are needed; all by default.
+        **options: See `read_fields`.
+
+    Raises:
+        OSError: The hub cannot be reached.
+    """
+    if os.path.isdir(path):
+        return path
+    hub = {name: options[name] for name in HUB_OPTIONS if options.get(name) is not None}
+    return snapshot_download(str(path), allow_patterns=files and [*files], **hub)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -376,5 +441,7 @@ def read_directory(
     except CheckpointError as error:
         hint = ""
         if isinstance(model.vision_tower, PlainTower) and not vision_weights and f"{TOWER}vision_model" in str(error):
-            hint = "; a directory of LLaVA-1.5 may leave CLIP out: give its file as vision_weights=..."
+            hint = (
+                "; a directory of LLaVA-1.5 may leave CLIP out: give CLIP's file as vision_weights (--vision_weights)"
+            )
         raise CheckpointError(f"{directory}: {error}{hint}") from None

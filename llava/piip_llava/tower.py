@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from piip.branches import Branch
+from piip.branches import Branch, ConvNeXtBranch
 from piip.budget import count_macs
 from piip.errors import SpecError, unknown
 from piip.tokens import Tokens
@@ -71,6 +71,14 @@ class VisionTower(nn.Module, ABC):
 def _side(branch: Branch, resolution: int, stride: int) -> int:
     """Return the tokens per side of a square image; patches of a ViT may overlap."""
     return (resolution - getattr(branch, "patch_size", stride)) // stride + 1
+
+
+def _blocks(branch: Branch) -> list[nn.Module]:
+    """Return a branch's blocks in their order; none where their place is not known."""
+    if isinstance(branch, ConvNeXtBranch):  # a down-sampling layer is a block too
+        stages = enumerate(branch.stages)
+        return [b for i, stage in stages for b in ([stage.downsample] if i else []) + list(stage.blocks)]
+    return list(getattr(getattr(branch, "network", branch), "blocks", ()))
 
 
 class PyramidTower(VisionTower):
@@ -165,6 +173,10 @@ class PlainTower(VisionTower):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """See `VisionTower.set_grad_checkpointing`."""
         self.branch.grad_checkpointing = enable
+
+    def unread_blocks(self) -> list[nn.Module]:
+        """Return the blocks behind the selected state, which never run."""
+        return _blocks(self.branch)[self.blocks_run :]
 
 
 class S2Tower(PlainTower):

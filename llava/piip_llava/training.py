@@ -1,24 +1,25 @@
 """Training in LLaVA's two stages, with Hugging Face's Trainer."""
 
 import logging
-import os
 import runpy
 import shutil
 import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
+from accelerate.utils import gather_object
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     HfArgumentParser,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
 )
 
@@ -27,7 +28,7 @@ from piip.integrations.process import settle_before_forks
 from piip_llava import released
 from piip_llava.adapter import load_adapter, save_adapter
 from piip_llava.config import PiipLlavaConfig
-from piip_llava.data import Collator, ConversationDataset, ModalityLengthSampler
+from piip_llava.data import Collator, ConversationDataset, ModalityLengthSampler, Skipped, images_of
 from piip_llava.errors import InputError
 from piip_llava.modeling import PiipLlavaForConditionalGeneration
 from piip_llava.processing import PiipLlavaProcessor
@@ -109,7 +110,46 @@ class LlavaTrainingArguments(TrainingArguments):
 
 
 class LlavaTrainer(Trainer):
-    """Trainer with batches of one modality, a learning rate for the projector, and adapters as the first result."""
+    """Trainer with batches of one modality, a learning rate for the projector, and a count of what is not learned.
+
+    Attributes:
+        skipped: Samples of this process of which nothing was learned, by their ids.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.skipped: dict[str, Skipped] = {}
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Note the samples of which nothing is learned, which are no input of the model's; then train."""
+        for one in inputs.pop("skipped", ()):
+            self._note(one)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def _note(self, one: Skipped) -> None:
+        if one.sample in self.skipped:
+            return
+        if one.kind == "unreadable":
+            log.warning("sample %s: %s; nothing of it is learned", one.sample, one.reason)
+        elif all(other.kind != one.kind for other in self.skipped.values()):  # may be so for many
+            log.warning(
+                "sample %s: %s; nothing of it and of others like it is learned, raise --model_max_length",
+                one.sample,
+                one.reason,
+            )
+        self.skipped[one.sample] = one
+
+    def report_skipped(self) -> None:
+        """Say of how many samples nothing was learned; every process of the run calls this, the first one speaks."""
+        skipped = {one.sample: one for one in gather_object([*self.skipped.values()])}
+        if not self.is_world_process_zero():
+            return
+        kinds = Counter(one.kind for one in skipped.values())
+        if count := kinds["unreadable"]:
+            log.warning("images of %d sample(s) could not be read", count)
+        if count := kinds["cut"]:
+            limit = self.args.model_max_length
+            log.warning("%d sample(s) had no answer within --model_max_length %d", count, limit)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -142,18 +182,6 @@ class LlavaTrainer(Trainer):
         return self.optimizer
 
 
-class SkippedImages(TrainerCallback):
-    """Say at the end of how many samples nothing was learned."""
-
-    def __init__(self, dataset: ConversationDataset) -> None:
-        self.dataset = dataset
-
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        """See `TrainerCallback`."""
-        if self.dataset.reported:
-            log.warning("images of %d sample(s) could not be read", len(self.dataset.reported))
-
-
 def read_row(config: str | None) -> Row:
     """Return the row that a config file or a name stands for.
 
@@ -181,26 +209,28 @@ def build(
     """Build the model to train, and its processor.
 
     Raises:
-        InputError: The arguments name no model.
+        InputError: The arguments name no model, or one that cannot be loaded.
         CheckpointError: Weights are missing, or are another model's.
     """
     options: dict[str, Any] = {"dtype": dtype}
     if args.attention:
         options["attn_implementation"] = args.attention
     start = args.model_name_or_path or read_row(args.vision_tower).language_model
-    if os.path.isdir(start) and released.is_released(start):
-        kind = "released"
-    else:
-        kind = AutoConfig.from_pretrained(start).model_type
-    if kind in ("released", PiipLlavaConfig.model_type):
-        model = PiipLlavaForConditionalGeneration.from_pretrained(start, **options)
-        processor = PiipLlavaProcessor.from_pretrained(start)
+    if not start:
+        raise InputError(f"{args.vision_tower} names no language model: say where to start with --model_name_or_path")
+    with _naming_the_option(start):
+        fields = released.read_fields(start)
+    if released.has_released_fields(fields) or fields.get("model_type") == PiipLlavaConfig.model_type:
+        with _naming_the_option(start):
+            model = PiipLlavaForConditionalGeneration.from_pretrained(start, **options)
+            processor = PiipLlavaProcessor.from_pretrained(start)
         model.config.image_aspect_ratio = data.image_aspect_ratio
         processor.image_processor.image_aspect_ratio = data.image_aspect_ratio
     else:
         row = read_row(args.vision_tower)
-        tokenizer = AutoTokenizer.from_pretrained(start)
-        language_model = AutoModelForCausalLM.from_pretrained(start, **options)
+        with _naming_the_option(start):
+            tokenizer = AutoTokenizer.from_pretrained(start)
+            language_model = AutoModelForCausalLM.from_pretrained(start, **options)
         ids = ("bos_token_id", "eos_token_id", "pad_token_id")
         config = PiipLlavaConfig(
             text_config=language_model.config,
@@ -228,6 +258,21 @@ def build(
     return model, processor
 
 
+@contextmanager
+def _naming_the_option(start: str) -> Iterator[None]:
+    """Turn what transformers raises where it cannot load a model into one line that names the option."""
+    try:
+        yield
+    except (InputError, SpecError):
+        raise
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise InputError(
+            f"{start} cannot be loaded to start from: {reason}; name another directory or hub repository with "
+            "--model_name_or_path"
+        ) from None
+
+
 def freeze(model: PiipLlavaForConditionalGeneration, args: ModelArguments) -> None:
     """Set which parameters are trained, in place; see `ModelArguments`."""
     tower = model.vision_tower
@@ -239,8 +284,9 @@ def freeze(model: PiipLlavaForConditionalGeneration, args: ModelArguments) -> No
             tower.pyramid.stages.requires_grad_(True)
     elif args.freeze_tower or (plain and args.legacy):
         tower.requires_grad_(False)
-    if plain:  # blocks behind the selected state never run
-        tower.branch.blocks[tower.blocks_run :].requires_grad_(False)
+    if plain:
+        for block in tower.unread_blocks():
+            block.requires_grad_(False)
     if args.lora_enable:
         from peft import LoraConfig, get_peft_model
 
@@ -252,6 +298,12 @@ def freeze(model: PiipLlavaForConditionalGeneration, args: ModelArguments) -> No
             task_type="CAUSAL_LM",
         )
         model.language_model = get_peft_model(model.language_model, options)
+
+
+def to_dtype(parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> None:
+    """Convert parameters, in place; buffers keep the precision that they need."""
+    for parameter in parameters:
+        parameter.data = parameter.data.to(dtype)
 
 
 def merge_lora(model: PiipLlavaForConditionalGeneration) -> None:
@@ -276,6 +328,7 @@ def save(trainer: LlavaTrainer, processor: PiipLlavaProcessor, args: ModelArgume
     else:
         if args.lora_enable:
             merge_lora(model)
+            to_dtype(model.parameters(), model.language_model.dtype)  # what was trained beside it is in float32
         generation = getattr(model, "generation_config", None)
         if generation is not None and (generation.temperature is not None or generation.top_p is not None):
             generation.do_sample = True  # or transformers refuses to save it
@@ -315,11 +368,14 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: LlavaTrainin
     """
     if not data_args.data_path:
         raise InputError("--data_path says what to train on: give a JSON list of conversations")
+    deepspeed = getattr(args, "hf_deepspeed_config", None)
     if model_args.legacy:
         args.max_grad_norm = 0.0
+        if deepspeed is not None:  # has taken the norm from the arguments already
+            deepspeed.config["gradient_clipping"] = 0.0
     if args.warmup_ratio and not args.warmup_steps and not hasattr(TrainingArguments, "warmup_ratio"):
         args.warmup_steps = args.warmup_ratio  # since transformers 5, steps below one are a share of all
-    if model_args.lora_enable and args.deepspeed and "zero3" in str(args.deepspeed):
+    if model_args.lora_enable and deepspeed is not None and deepspeed.is_zero3():
         raise InputError("LoRA is merged at the end, which needs whole weights: use ZeRO-2 with --lora_enable")
     dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
     start_processes(args)
@@ -335,7 +391,15 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: LlavaTrainin
         limit=args.model_max_length,
         bad_images=data_args.bad_images,
     )
+    needed = processor.image_tokens + 2  # a first token, and one to learn
+    if args.model_max_length < needed and any(map(images_of, dataset.samples)):
+        raise InputError(
+            f"--model_max_length {args.model_max_length} leaves no room for text beside an image, which takes "
+            f"{processor.image_tokens} tokens: give at least {needed}, and more for questions"
+        )
     freeze(model, model_args)
+    if not args.deepspeed:  # a step on 16-bit weights would be rounded away
+        to_dtype((p for p in model.parameters() if p.requires_grad), torch.float32)
     model.config.use_cache = model.language_model.config.use_cache = False
     args.remove_unused_columns = False
     if args.gradient_checkpointing:
@@ -347,10 +411,10 @@ def run(model_args: ModelArguments, data_args: DataArguments, args: LlavaTrainin
         args=args,
         train_dataset=dataset,
         data_collator=Collator(processor.tokenizer.pad_token_id),
-        callbacks=[SkippedImages(dataset)],
     )
     checkpoint = last_checkpoint(args.output_dir) if args.resume else None
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or checkpoint)
+    trainer.report_skipped()
     model.config.use_cache = model.language_model.config.use_cache = True
     save(trainer, processor, model_args, model_args.vision_tower)
     return trainer

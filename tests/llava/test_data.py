@@ -1,11 +1,11 @@
 """Conversations to tokens and labels, batches, order, and bad data."""
 
 import json
-import logging
 
 import pytest
 import torch
 from tiny import picture, tiny_model, tiny_tokenizer, write_data
+from torch.utils.data import DataLoader
 
 from piip_llava import InputError
 from piip_llava.conversation import TEMPLATES, read_turns, render
@@ -116,22 +116,39 @@ def test_batches_pad_on_the_right_and_keep_images_in_order(processor, tmp_path):
     assert "pixel_values" not in Collator(0)([data[3], data[7]])
 
 
-def test_an_unreadable_image_costs_its_own_sample_alone(processor, tmp_path, caplog):
+def test_an_unreadable_image_costs_its_own_sample_alone(processor, tmp_path):
     path = write_data(tmp_path)
     (tmp_path / "0.png").write_bytes(b"no image")
     (tmp_path / "1.png").unlink()
     data = ConversationDataset(path, tmp_path, processor, limit=128)
-    with caplog.at_level(logging.WARNING):
-        batch = Collator(0)([data[0], data[1], data[2]])
-        data[0]
+    batch = Collator(0)([data[0], data[1], data[2]])
     assert (batch["labels"][:2] == IGNORE).all()
     assert (batch["labels"][2] != IGNORE).any()
     assert batch["pixel_values"].shape[0] == 3
     assert not batch["pixel_values"][:2].any()
-    assert [record.message.split(":")[0] for record in caplog.records] == ["sample sample0", "sample sample1"]
+    assert [(s.sample, s.kind) for s in batch["skipped"]] == [("sample0", "unreadable"), ("sample1", "unreadable")]
+    assert "0.png cannot be read" in batch["skipped"][0].reason
+    assert "skipped" not in Collator(0)([data[2], data[3]])
     strict = ConversationDataset(path, tmp_path, processor, limit=128, bad_images="error")
     with pytest.raises(InputError, match=r"sample sample0: the image .*0.png cannot be read"):
         strict[0]
+
+
+def test_an_error_of_a_data_worker_is_one_line(processor, tmp_path):
+    path = write_data(tmp_path)
+    (tmp_path / "0.png").write_bytes(b"no image")
+    strict = ConversationDataset(path, tmp_path, processor, limit=128, bad_images="error")
+    loader = DataLoader(strict, num_workers=1, collate_fn=Collator(0))
+    with pytest.raises(InputError, match=r"^sample sample0: the image .*0.png cannot be read: .*$") as caught:
+        list(loader)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_sample_whose_answer_is_cut_off_says_so(processor, tmp_path):
+    path = write_data(tmp_path)
+    short = ConversationDataset(path, tmp_path, processor, limit=20)
+    assert short[0]["skipped"] == ("sample0", "cut", "no answer begins within 20 tokens")
+    assert ConversationDataset(path, tmp_path, processor, limit=128)[0]["skipped"] is None
 
 
 @pytest.mark.parametrize(

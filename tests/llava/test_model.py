@@ -1,19 +1,23 @@
 """The model on transformers: save and load, generation, released directories, and what goes wrong."""
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import TEXT, TOWER, picture, tiny_config, tiny_model, tiny_tokenizer
+from tiny import TEXT, TOWER, picture, tiny_config, tiny_model, tiny_tokenizer, write_start
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 from piip.errors import CheckpointError
-from piip_llava import InputError, PiipLlavaForConditionalGeneration, PiipLlavaProcessor
+from piip_llava import InputError, PiipLlavaForConditionalGeneration, PiipLlavaProcessor, released
+from piip_llava.chat import answer, load
 from piip_llava.released import NameMap
-from piip_llava.rows import ROWS
+from piip_llava.rows import CLIP, ROWS, Row
+from piip_llava.training import DataArguments, ModelArguments, build
 
 QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
 
@@ -113,6 +117,17 @@ def test_prompts_of_a_batch_do_not_see_each_other(pair):
     for i, (image, prompt) in enumerate(zip(pictures, prompts, strict=True)):
         alone = model.generate(**processor(images=image, text=prompt), **options)[0, -5:]
         assert torch.equal(together[i], alone)
+
+
+def test_beams_keep_the_images_of_a_prompt_in_order(pair, monkeypatch):
+    model, processor = pair
+    one = processor.apply_chat_template(QUESTION)
+    given = processor(images=[picture(i) for i in range(3)], text=[one.replace("<image>", "<image><image>"), one])
+    seen = []
+    encode = model.encode_images
+    monkeypatch.setattr(model, "encode_images", lambda pixels: seen.append(pixels) or encode(pixels))
+    model.generate(**given, max_new_tokens=2, do_sample=False, num_beams=2)
+    assert torch.equal(seen[0], given["pixel_values"][[0, 1, 0, 1, 2, 2]])
 
 
 def test_the_image_changes_the_answer(pair):
@@ -259,6 +274,93 @@ def test_our_own_directory_with_a_missing_shard(saved, tmp_path):
         PiipLlavaForConditionalGeneration.from_pretrained(tmp_path / "copy")
 
 
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub of directories here, by the names of repositories; it has what was asked for in `files`."""
+    folders: dict[str, Path] = {}
+
+    def cached_file(name, file, **options):
+        if name not in folders:
+            raise OSError(f"there is no repository\n{name}")
+        return str(folders[name] / file)
+
+    def snapshot_download(name, allow_patterns=None, **options):
+        asked.append((name, allow_patterns, options))
+        return str(folders[name])
+
+    asked: list[tuple] = []
+    monkeypatch.setattr(released, "cached_file", cached_file)
+    monkeypatch.setattr(released, "snapshot_download", snapshot_download)
+    return folders, asked
+
+
+def test_a_released_repository_of_the_hub(pair, tmp_path, monkeypatch, hub):
+    model, processor = pair
+    monkeypatch.setitem(ROWS, "tiny_row", Row("", TOWER))
+    folders, asked = hub
+    folders["them/released"] = released_directory(tmp_path / "released", model, "tiny_row")
+    loaded = PiipLlavaForConditionalGeneration.from_pretrained("them/released", revision="v1").eval()
+    again = PiipLlavaProcessor.from_pretrained("them/released")
+    assert torch.equal(model(**inputs(processor)).logits, loaded(**inputs(again)).logits)
+    assert asked[0] == ("them/released", None, {"revision": "v1"})
+    assert not any("safetensors" in pattern for pattern in asked[1][1])  # the processor needs no weights
+    built, _ = build(ModelArguments(model_name_or_path="them/released"), DataArguments(), 128, torch.float32)
+    assert torch.equal(built.projector.branches[0].fc1.weight, model.projector.branches[0].fc1.weight)
+
+
+def test_another_kind_of_model(pair, saved, tmp_path, hub):
+    write_start(tmp_path)
+    folders, _ = hub
+    folders |= {"them/lm": tmp_path / "lm", "me/ours": saved}
+    for path in (tmp_path / "lm", "them/lm"):
+        for cls in (PiipLlavaForConditionalGeneration, PiipLlavaProcessor):
+            with pytest.raises(CheckpointError, match=rf"{path} is a llama, no PIIP-LLaVA: give"):
+                cls.from_pretrained(path)
+    with pytest.raises(CheckpointError, match=r"holds no model, as there is no .*config.json"):
+        load(str(tmp_path), "cpu")
+    assert released.recognise("me/ours") is False
+    for given in ({"model_name_or_path": "them/none"}, {"vision_tower": "llava-1.5_7B"}):  # its language model
+        with pytest.raises(InputError, match=r"there is no repository \S+; name .*--model_name_or_path$"):
+            build(ModelArguments(**given), DataArguments(), 128, torch.float32)
+
+
+def convert(*arguments: object) -> None:
+    path = Path(__file__).resolve().parents[2] / "tools" / "convert_checkpoint.py"
+    spec = importlib.util.spec_from_file_location("convert_checkpoint", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main([str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("has_clip", [True, False])
+def test_a_released_llava_with_a_plain_tower_is_converted(tmp_path, monkeypatch, has_clip):
+    branch = {"arch": "clip_base", "resolution": 32, "options": {**TOWER["spec"]["branches"][0]["options"]}}
+    row = Row("", {"type": "plain", "spec": {"branches": [branch]}}, {"type": "mlp", "depth": 2}, CLIP)
+    monkeypatch.setitem(ROWS, "llava-1.5_7B", row)
+    model, processor = tiny_model(tower=row.tower, projector=row.projector, **CLIP)
+    folder = released_directory(tmp_path / "released", model, "of_mine", shards=1)
+    shard = next(folder.glob("*.safetensors"))
+    state = load_file(shard)
+    clip = {name: tensor for name, tensor in state.items() if name.startswith(released.TOWER)}
+    save_file({name.removeprefix(released.TOWER): t for name, t in clip.items()}, tmp_path / "clip.safetensors")
+    command = [folder, tmp_path / "ours", "--model", "llava-1.5_7B", "--to", "ours"]
+    if not has_clip:
+        save_file({name: tensor for name, tensor in state.items() if name not in clip}, shard)
+        with pytest.raises(CheckpointError, match=r"may leave CLIP out: give .*--vision_weights"):
+            convert(*command)
+        command += ["--vision_weights", tmp_path / "clip.safetensors"]
+    convert(*command)
+    loaded, again = load(str(tmp_path / "ours"), "cpu")
+    assert torch.equal(model(**inputs(processor)).logits, loaded(**inputs(again)).logits)
+    assert isinstance(answer(loaded, again, "What is it?", picture()), str)
+    if not has_clip:  # as the programs read it, by the name of CLIP
+        fields = json.loads((folder / "config.json").read_text())
+        fields["mm_vision_tower"] = "openai/clip-vit-large-patch14-336"
+        (folder / "config.json").write_text(json.dumps(fields))
+        direct, _ = load(str(folder), "cpu", vision_weights=str(tmp_path / "clip.safetensors"))
+        assert all(torch.equal(t, loaded.get_parameter(n)) for n, t in direct.named_parameters())
+
+
 # ----------------------------------------------------------------------------------------------------- bad input
 
 
@@ -294,6 +396,18 @@ def test_a_tokenizer_without_the_needed_tokens(special, says):
     tokenizer = tiny_tokenizer(**special)
     with pytest.raises(InputError, match=says):
         PiipLlavaProcessor.from_model(tiny_config(tiny_tokenizer()), tokenizer)
+
+
+def test_a_camera_s_rotation_is_left_out(pair, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: a quarter turn
+    picture().save(tmp_path / "turned.png", exif=exif)
+    picture().save(tmp_path / "plain.png")
+    one = pair[1].image_processor.one
+    with Image.open(tmp_path / "turned.png") as opened:
+        assert opened.getexif()[0x0112] == 6
+        assert (one(opened) == one(tmp_path / "plain.png")).all()
+    assert (one(tmp_path / "turned.png") == one(tmp_path / "plain.png")).all()
 
 
 def test_an_image_that_cannot_be_read(pair, tmp_path):

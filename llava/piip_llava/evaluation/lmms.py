@@ -26,6 +26,7 @@ class PiipLlavaLmms(lmms):
         batch_size: Questions at once.
         device: See `piip_llava.chat.load`.
         dtype: See `piip_llava.chat.load`.
+        vision_weights: See `piip_llava.chat.load`.
         **_: Further options of lmms-eval, not used.
     """
 
@@ -39,13 +40,14 @@ class PiipLlavaLmms(lmms):
         batch_size: int | str | None = 1,
         device: str | None = None,
         dtype: str | None = None,
+        vision_weights: str | None = None,
         **_: Any,
     ) -> None:
         super().__init__()
         if model is None:
             if pretrained is None:
                 raise InputError("name the model: pretrained=DIRECTORY")
-            model, processor = load(pretrained, device, dtype)
+            model, processor = load(pretrained, device, dtype, vision_weights)
         self.model, self.processor = model, processor
         self.batch_size = int(batch_size or 1)
 

@@ -122,7 +122,13 @@ def main(arguments: list[str] | None = None) -> int:
             from piip_llava.evaluation.lmms import PiipLlavaLmms
         except ImportError as error:
             raise InputError(f"{error.name} is not installed: pip install -e '.[eval]'") from None
-        model = PiipLlavaLmms(args.model_path, batch_size=args.batch_size, device=args.device, dtype=args.dtype)
+        model = PiipLlavaLmms(
+            args.model_path,
+            batch_size=args.batch_size,
+            device=args.device,
+            dtype=args.dtype,
+            vision_weights=args.vision_weights,
+        )
         results = {}
         for name in names:
             results[name] = evaluate(model, name, args.data, out, args.limit)
