@@ -26,6 +26,9 @@ def cls(config: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     from piip_cls.run import main
 
     monkeypatch.chdir(tmp_path)
+    # `main` sets it where there is a launcher, and other tests would then take themselves for one of several processes.
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.delenv("LOCAL_RANK")
     monkeypatch.setattr(os, "fsync", lambda _: None)  # slow on a busy disk
 
     def run(*options: object) -> int:
