@@ -25,13 +25,19 @@ class OwnError(RunError):
     common = False
 
 
+def own_message(kind: type[Exception], message: str) -> str:
+    """Return the message of an error without the traceback in front of it.
+
+    torch hands an error of a data-loading process on as a whole traceback, which ends in the message.
+    """
+    return message.rstrip().rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2]
+
+
 class FileError(OwnError):
     """A file of the data is not usable; the message names it."""
 
     def __init__(self, message: str) -> None:
-        # torch hands an error of a data-loading process on as a whole traceback, which ends in the message.
-        own = message.rstrip().rpartition(f"{type(self).__module__}.{type(self).__qualname__}: ")[2]
-        super().__init__(own)
+        super().__init__(own_message(type(self), message))
 
 
 class BrokenImageError(FileError):
